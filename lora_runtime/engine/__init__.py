@@ -1,0 +1,1 @@
+"""Engines: what holds the base and serves adapters on it."""
