@@ -13,7 +13,7 @@ N number of token rows, L labels, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -122,6 +122,31 @@ class AdapterWeights:
     def num_bytes(self) -> int:
         """Bytes of all tensors held."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def cloned(self) -> AdapterWeights:
+        """A copy that shares no memory with this one, in particular no mapped file."""
+
+        def copy(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.clone()
+
+        def saved(module: SavedModule) -> SavedModule:
+            return SavedModule(parameters={name: tensor.clone() for name, tensor in module.parameters.items()})
+
+        return AdapterWeights(
+            version=self.version,
+            lora={
+                name: replace(f, a=f.a.clone(), b=f.b.clone(), bias=copy(f.bias)) for name, f in self.lora.items()
+            },
+            saved={name: saved(module) for name, module in self.saved.items()},
+            token_rows={
+                name: TokenRows(indices=rows.indices.clone(), rows=rows.rows.clone())
+                for name, rows in self.token_rows.items()
+            },
+            heads={
+                name: replace(head, weight=head.weight.clone(), bias=copy(head.bias))
+                for name, head in self.heads.items()
+            },
+        )
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, in no particular order."""

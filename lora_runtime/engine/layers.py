@@ -1,0 +1,282 @@
+"""Slot layers: the base's leaf modules, each holding what the resident adapters do to it.
+
+``install`` replaces every leaf of the model in place; a layer without anything in its slots
+costs one dictionary look-up. Slots are filled and cleared between steps only.
+
+Shape legend: T tokens, I in features, O out features, R rank, V vocabulary, D embedding width, N token rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lora_runtime.engine import ops
+from lora_runtime.engine.routing import Router, Routing, Space
+from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule, TokenRows
+
+LAUNCH_FLOPS = {"cpu": 5e5, "cuda": 5e8}
+"""Multiply-adds that one kernel launch is worth, measured roughly; only a choice of path depends on it."""
+
+
+class SlotLayer(nn.Module):
+    """What all slot layers share: the base leaf, the router, and low-rank factors by slot."""
+
+    def __init__(self, base: nn.Module, space: Space, router: Router) -> None:
+        super().__init__()
+        self.base = base
+        self._space = space
+        self._router = router
+        self._factors: dict[int, ops.Factors] = {}
+        self._saved: dict[int, dict[str, Tensor]] = {}
+        self._rows: dict[int, _RowDelta] = {}
+        self._shift: dict[int, Tensor] = {}
+        self._owners: frozenset[int] = frozenset()
+        self._packed: ops.Packed | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight: models ask their leaves for dtype and device."""
+        return cast(Tensor, self.base.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return cast("Tensor | None", getattr(self.base, "bias", None))
+
+    @property
+    def owners(self) -> frozenset[int]:
+        """Slots that do something here."""
+        return self._owners
+
+    def fill(
+        self, slot: int, lora: LoraFactors | None, saved: SavedModule | None, rows: TokenRows | None
+    ) -> None:
+        """Put an adapter's part into ``slot``, in the base's dtype and on its device. The slot must be clear."""
+        if lora is not None:
+            self._fill_lora(slot, lora)
+        if saved is not None:
+            self._fill_saved(slot, saved)
+        if rows is not None:
+            self._rows[slot] = _RowDelta.of(rows, self.weight)
+        self._changed()
+
+    def clear(self, slot: int) -> None:
+        """Empty ``slot``; nothing happens where it is empty."""
+        for part in (self._factors, self._saved, self._rows, self._shift):
+            part.pop(slot, None)
+        self._changed()
+
+    def _fill_lora(self, slot: int, lora: LoraFactors) -> None:
+        like = self.weight
+        a = lora.a.to(device=like.device, dtype=like.dtype)
+        b = (lora.b.float() * lora.scaling).to(device=like.device, dtype=like.dtype).T
+        self._factors[slot] = ops.Factors(a.contiguous(), b.contiguous())
+        if lora.bias is not None:
+            self._add_shift(slot, lora.bias.float() * lora.scaling)
+
+    def _fill_saved(self, slot: int, saved: SavedModule) -> None:
+        like = self.weight
+        parameters = {
+            name: tensor.to(device=like.device, dtype=like.dtype).contiguous()
+            for name, tensor in saved.parameters.items()
+        }
+        if set(parameters) == {"bias"} and self.bias is not None:
+            self._add_shift(slot, parameters["bias"].float() - self.bias.float())
+        else:
+            self._saved[slot] = parameters
+
+    def _add_shift(self, slot: int, shift: Tensor) -> None:
+        shift = shift.to(self.weight.device)
+        known = self._shift.get(slot)
+        self._shift[slot] = (shift if known is None else known.float() + shift).to(self.weight.dtype)
+
+    def _changed(self) -> None:
+        self._owners = frozenset(self._factors) | frozenset(self._saved) | frozenset(self._rows)
+        self._owners |= frozenset(self._shift)
+        self._packed = None
+
+    def _routing(self) -> Routing | None:
+        """This step's routing, or None where only the base's own weights matter."""
+        if not self._owners:
+            return None
+        routing = self._router.get(self._space)
+        return None if routing is None or self._owners.isdisjoint(routing.slots) else routing
+
+    def _pack(self, slots: tuple[int, ...]) -> ops.Packed:
+        """Active slots rarely change from one step to the next, so the last packing is kept."""
+        if self._packed is None or self._packed.slots != slots:
+            self._packed = ops.pack(self._factors, slots)
+        return self._packed
+
+    def _replaced(self, slot: int, x: Tensor) -> Tensor:
+        return cast(Tensor, functional_call(self.base, self._saved[slot], (x,), strict=False))
+
+    def _full(self, x: Tensor, routing: Routing) -> Tensor:
+        """The leaf's output with its full replacements, before any low-rank part."""
+        saving = routing.active(frozenset(self._saved)) if self._saved else ()
+        if not saving:
+            return cast(Tensor, self.base(x))
+        return ops.blend(x, routing, saving, self.base, self._replaced)
+
+    def _add_low_rank(self, y: Tensor, x: Tensor, routing: Routing) -> None:
+        """In place on ``y`` (T, O), from ``x`` (T, I)."""
+        if self._factors and (slots := routing.active(frozenset(self._factors))):
+            packed = self._pack(slots)
+            launch = LAUNCH_FLOPS.get(x.device.type, LAUNCH_FLOPS["cuda"])
+            if ops.prefers_runs(packed, routing, x.shape[1] + y.shape[1], launch):
+                ops.add_lora_by_run(y, x, self._factors, routing)
+            else:
+                ops.add_lora_dense(y, x, packed, routing)
+        if self._shift and (slots := routing.active(frozenset(self._shift))):
+            stacked = torch.stack([self._shift[slot] for slot in slots])
+            y.addmm_(routing.weights(slots).to(y.dtype), stacked)
+
+
+class SlotLinear(SlotLayer):
+    """A Linear. Token rows are rows of its weight (a tied head under trained tokens)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        routing = self._routing()
+        if routing is None:
+            return cast(Tensor, self.base(x))
+        flat = x.reshape(-1, x.shape[-1])
+        y = self._full(flat, routing)
+        self._add_low_rank(y, flat, routing)
+        for slot in routing.active(frozenset(self._rows)) if self._rows else ():
+            group, rows = routing.group(slot), self._rows[slot]
+            shares = ops.scaled(nn.functional.linear(flat[group.index], rows.delta[:-1]), group)
+            part = y[group.index]
+            part[:, rows.indices] += shares
+            y[group.index] = part
+        return y.reshape(*x.shape[:-1], -1)
+
+    def _replaced(self, slot: int, x: Tensor) -> Tensor:
+        parameters = self._saved[slot]
+        return nn.functional.linear(x, parameters.get("weight", self.weight), parameters.get("bias", self.bias))
+
+
+class SlotEmbedding(SlotLayer):
+    """An embedding table: ids (…) in, vectors (…, D) out."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        routing = self._routing()
+        if routing is None:
+            return cast(Tensor, self.base(ids))
+        flat = ids.reshape(-1)
+        y = self._full(flat, routing)
+        for slot in routing.active(frozenset(self._factors)) if self._factors else ():
+            group, member = routing.group(slot), self._factors[slot]
+            hidden = nn.functional.embedding(flat[group.index], member.a.T)
+            y[group.index] += ops.scaled(hidden @ member.b, group)
+        for slot in routing.active(frozenset(self._rows)) if self._rows else ():
+            group, rows = routing.group(slot), self._rows[slot]
+            y[group.index] += ops.scaled(rows.delta[rows.position[flat[group.index]]], group)
+        return y.reshape(*ids.shape, -1)
+
+
+class SlotNorm(SlotLayer):
+    """A LayerNorm or RMSNorm over the last dimension: linear in its own weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        routing = self._routing()
+        if routing is None:
+            return cast(Tensor, self.base(x))
+        flat = x.reshape(-1, x.shape[-1])
+        y = self._full(flat, routing)
+        self._add_low_rank(y, flat, routing)
+        return y.reshape(x.shape)
+
+
+class SlotConv(SlotLayer):
+    """A convolution whose kernel covers its whole input (a patch embedding): T patches in, T vectors out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        routing = self._routing()
+        if routing is None:
+            return cast(Tensor, self.base(x))
+        full = self._full(x, routing)
+        y = full.reshape(x.shape[0], -1)
+        self._add_low_rank(y, x.reshape(x.shape[0], -1), routing)
+        return y.reshape(full.shape)
+
+
+class _RowDelta:
+    """Trained rows as differences: ``delta`` (N + 1, D) with a zero last row, ``position`` (V,) into it."""
+
+    def __init__(self, indices: Tensor, delta: Tensor, position: Tensor) -> None:
+        self.indices = indices
+        self.delta = delta
+        self.position = position
+
+    @classmethod
+    def of(cls, rows: TokenRows, base: Tensor) -> _RowDelta:
+        indices = rows.indices.to(base.device)
+        delta = rows.rows.to(base.device).float() - base[indices].float()
+        delta = torch.cat([delta, delta.new_zeros(1, delta.shape[1])]).to(base.dtype)
+        position = torch.full((base.shape[0],), indices.numel(), dtype=torch.int64, device=base.device)
+        position[indices] = torch.arange(indices.numel(), device=base.device)
+        return cls(indices, delta, position)
+
+
+def space_of(name: str) -> Space:
+    """What the rows of the leaf ``name`` (canonical) are."""
+    if name == "lm_head":
+        return "logits"
+    if ".visual.merger.mlp" in f".{name}":
+        return "merged"
+    return "patch" if ".visual." in f".{name}" else "text"
+
+
+def _wrap(leaf: nn.Module, space: Space, router: Router) -> SlotLayer | None:
+    if isinstance(leaf, nn.Linear):
+        return SlotLinear(leaf, space, router)
+    if isinstance(leaf, nn.Embedding):
+        return SlotEmbedding(leaf, space, router)
+    if isinstance(leaf, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return SlotConv(leaf, space, router)
+    if isinstance(leaf, nn.LayerNorm) or type(leaf).__name__.endswith("RMSNorm"):
+        return SlotNorm(leaf, space, router)
+    return None
+
+
+class SlotLayers:
+    """All slot layers of a model, filled and cleared together."""
+
+    def __init__(self, layers: Mapping[str, SlotLayer]) -> None:
+        self._layers = dict(layers)
+        self._filled: dict[int, tuple[str, ...]] = {}
+
+    def fill(self, slot: int, weights: AdapterWeights) -> None:
+        """Put ``weights`` into ``slot``, clearing it first. All or nothing: on failure the slot is clear."""
+        self.clear(slot)
+        names = tuple(sorted(weights.modules))
+        unknown = [name for name in names if name not in self._layers]
+        if unknown:
+            raise KeyError(f"no slot layer for {unknown}; weights must be read against this base's layout")
+        self._filled[slot] = names
+        try:
+            for name in names:
+                parts = weights.lora.get(name), weights.saved.get(name), weights.token_rows.get(name)
+                self._layers[name].fill(slot, *parts)
+        except BaseException:
+            self.clear(slot)
+            raise
+
+    def clear(self, slot: int) -> None:
+        for name in self._filled.pop(slot, ()):
+            self._layers[name].clear(slot)
+
+
+def install(model: nn.Module, router: Router) -> SlotLayers:
+    """Replace every leaf of ``model`` by its slot layer, in place. Names are the model's own."""
+    layers: dict[str, SlotLayer] = {}
+    for name, leaf in list(model.named_modules()):
+        if next(leaf.children(), None) is None and (layer := _wrap(leaf, space_of(name), router)) is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+            layers[name] = layer
+    return SlotLayers(layers)

@@ -1,0 +1,144 @@
+"""Prompts to token ids: the base's chat template, image placeholders, explicit M-RoPE positions.
+
+Text of a request never becomes a special token: where it spells one, it is tokenized as plain text.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from lora_runtime.engine.images import ImageProcessor, Patches
+from lora_runtime.engine.protocol import ChatPrompt, ImagePart, Message, Prompt, TextPrompt
+from lora_runtime.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A prompt ready to run.
+
+    ``ids``: token ids, image placeholders expanded. ``positions`` (3, len(ids)): temporal, height
+    and width position of each token. ``next_position``: what the first generated token takes.
+    ``images`` in order of their placeholders.
+    """
+
+    ids: tuple[int, ...]
+    positions: Tensor
+    next_position: int
+    images: tuple[Patches, ...]
+
+
+class PromptProcessor:
+    """Renders and tokenizes. Safe to use from several threads."""
+
+    def __init__(self, base_path: str, images: ImageProcessor, *, max_images: int, rope_index: Any) -> None:
+        """``rope_index`` is the model's ``get_rope_index``: a pure function of ids and grids."""
+        from transformers import AutoTokenizer
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(base_path)
+        # Whether specials in a text count is state of the backend, so each rule has a backend of its own.
+        serialized = self.tokenizer.backend_tokenizer.to_str()
+        self._with_specials = Tokenizer.from_str(serialized)
+        self._plain = Tokenizer.from_str(serialized)
+        self._plain.encode_special_tokens = True
+        self._images = images
+        self._max_images = max_images
+        self._rope_index = rope_index
+        self._image_id: int = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        specials = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        self._specials = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+    def prepare(self, prompt: Prompt) -> Prepared:
+        """Decode, render, tokenize and place. Raises InvalidRequest or InvalidImage."""
+        if isinstance(prompt, ChatPrompt):
+            images = self._decode(prompt.messages)
+            ids = self._expand(self._render(prompt.messages), images)
+        elif isinstance(prompt, TextPrompt):
+            images, ids = (), self._encode(prompt.text, plain=True)
+        else:
+            images, ids = (), self._checked(prompt.token_ids)
+        if not ids:
+            raise InvalidRequest("The prompt is empty; send at least one token.", param="prompt")
+        positions, following = self._place(ids, images)
+        return Prepared(tuple(ids), positions, following, images)
+
+    def _decode(self, messages: Sequence[Message]) -> tuple[Patches, ...]:
+        parts = [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
+        if len(parts) > self._max_images:
+            raise InvalidRequest(
+                f"The request has {len(parts)} images; at most {self._max_images} are allowed. Send fewer.",
+                param="messages",
+                images=len(parts),
+                limit=self._max_images,
+            )
+        return tuple(
+            self._images(part.data, where=f"image {number} of {len(parts)}") for number, part in enumerate(parts, 1)
+        )
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
+        texts = [part.text for message in messages for part in message.parts if not isinstance(part, ImagePart)]
+        if not any(self._specials.search(text) for text in texts):
+            return self._encode(self._template(messages, texts), plain=False)
+        # Some text spells a special token. A mark that no text can hold stands in for each text while
+        # the template is rendered; then template and texts are tokenized apart, each by its own rule.
+        mark = secrets.token_hex(16)
+        rendered = self._template(messages, [f"{mark}{number};" for number in range(len(texts))])
+        ids: list[int] = []
+        for number, piece in enumerate(re.split(rf"{mark}(\d+);", rendered)):
+            is_text = number % 2 == 1
+            ids += self._encode(texts[int(piece)] if is_text else piece, plain=is_text)
+        return ids
+
+    def _template(self, messages: Sequence[Message], texts: Sequence[str]) -> str:
+        remaining = iter(texts)
+        conversation = [
+            {
+                "role": message.role,
+                "content": [
+                    {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": next(remaining)}
+                    for part in message.parts
+                ],
+            }
+            for message in messages
+        ]
+        rendered = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        return str(rendered)
+
+    def _encode(self, text: str, *, plain: bool) -> list[int]:
+        backend = self._plain if plain else self._with_specials
+        return list(backend.encode(text, add_special_tokens=False).ids)
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        size = len(self.tokenizer)
+        for token in ids:
+            if not 0 <= token < size or token == self._image_id:
+                raise InvalidRequest(
+                    f"Token id {token} cannot stand in a prompt: ids run from 0 to {size - 1}, and images go "
+                    "through chat messages.",
+                    param="prompt",
+                )
+        return list(ids)
+
+    def _expand(self, ids: list[int], images: Sequence[Patches]) -> list[int]:
+        expanded: list[int] = []
+        remaining = iter(images)
+        for token in ids:
+            count = self._images.num_tokens(next(remaining).grid) if token == self._image_id else 1
+            expanded += [token] * count
+        return expanded
+
+    def _place(self, ids: Sequence[int], images: Sequence[Patches]) -> tuple[Tensor, int]:
+        if not images:
+            return torch.arange(len(ids)).expand(3, -1), len(ids)
+        row = torch.tensor([ids])
+        positions, delta = self._rope_index(
+            row, (row == self._image_id).int(), image_grid_thw=torch.tensor([image.grid for image in images])
+        )
+        return positions[:, 0], len(ids) + int(delta[0, 0])

@@ -1,0 +1,226 @@
+"""Slot layers against an fp32 loop: every token, one by one, on dense merged weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lora_runtime.engine import ops
+from lora_runtime.engine.layers import SlotConv, SlotEmbedding, SlotLayer, SlotLayers, SlotLinear, SlotNorm, space_of
+from lora_runtime.engine.routing import Router, Routing, Signature
+from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule, TokenRows
+
+NUM_SLOTS = 5
+CPU = torch.device("cpu")
+
+
+def routing(signatures: list[tuple[Signature, int]]) -> Routing:
+    return Routing(signatures, device=CPU, dtype=torch.float32)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> list[tuple[Signature, int]]:
+    weights = st.floats(-2, 2, width=32).filter(lambda w: abs(w) > 1e-3)
+    signature = st.dictionaries(st.integers(0, NUM_SLOTS - 1), weights, max_size=3).map(
+        lambda shares: tuple(sorted(shares.items()))
+    )
+    return draw(st.lists(st.tuples(signature, st.integers(0, 4)), min_size=1, max_size=8))
+
+
+def linear_parts(seed: int, layer: nn.Linear) -> dict[int, tuple]:
+    """Slot 0: LoRA; 1: LoRA of another rank, with a bias; 2: saved weight; 3: saved bias; 4: all of it."""
+    g = torch.Generator().manual_seed(seed)
+    out_features, in_features = layer.weight.shape
+
+    def factors(rank: int, with_bias: bool = False) -> LoraFactors:
+        return LoraFactors(
+            a=torch.randn(rank, in_features, generator=g),
+            b=torch.randn(out_features, rank, generator=g),
+            scaling=0.7 * rank,
+            bias=torch.randn(out_features, generator=g) if with_bias else None,
+        )
+
+    weight = torch.randn(out_features, in_features, generator=g)
+    bias = torch.randn(out_features, generator=g)
+    both = SavedModule(parameters={"weight": weight, "bias": bias})
+    return {
+        0: (factors(2), None, None),
+        1: (factors(5, with_bias=True), None, None),
+        2: (None, SavedModule(parameters={"weight": weight * 0.5}), None),
+        3: (None, SavedModule(parameters={"bias": bias * 2}), None),
+        4: (factors(3), both, None),
+    }
+
+
+def dense(base: nn.Module, parts: dict[int, tuple], signature: Signature) -> dict[str, Tensor]:
+    """base + Σ w Δ, parameter by parameter."""
+    merged = {name: p.detach().clone() for name, p in base.named_parameters()}
+    for slot, share in signature:
+        lora, saved, rows = parts[slot]
+        if lora is not None:
+            merged["weight"] += share * lora.delta().reshape(merged["weight"].shape)
+            if lora.bias is not None:
+                merged["bias"] += share * lora.scaling * lora.bias
+        for name, tensor in (saved.parameters if saved else {}).items():
+            merged[name] += share * (tensor - dict(base.named_parameters())[name])
+        if rows is not None:
+            merged["weight"][rows.indices] += share * (rows.rows - base.weight[rows.indices])
+    return merged
+
+
+def one_by_one(base: nn.Module, parts: dict[int, tuple], step: list[tuple[Signature, int]], x: Tensor) -> Tensor:
+    outputs, position = [], 0
+    for signature, count in step:
+        merged = dense(base, parts, signature)
+        for row in x[position : position + count]:
+            outputs.append(functional_call(base, merged, (row[None],))[0])
+        position += count
+    return torch.stack(outputs) if outputs else x.new_zeros(0, 1)
+
+
+def check(layer: SlotLayer, parts: dict[int, tuple], step: list[tuple[Signature, int]], x: Tensor) -> None:
+    base = copy.deepcopy(layer.base)
+    for slot, (lora, saved, rows) in parts.items():
+        layer.fill(slot, lora, saved, rows)
+    layer._router.set(text=routing(step))
+    with torch.no_grad():
+        got, want = layer(x), one_by_one(base, parts, step, x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(step=steps(), seed=st.integers(0, 1000), prefer_runs=st.booleans())
+def test_linear_equals_dense_weights_token_by_token(step, seed, prefer_runs):
+    torch.manual_seed(seed)
+    base = nn.Linear(6, 4)
+    x = torch.randn(sum(count for _, count in step), 6)
+    if x.shape[0] == 0:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "prefers_runs", lambda *_: prefer_runs)
+        check(SlotLinear(base, "text", Router()), linear_parts(seed, base), step, x)
+
+
+@settings(max_examples=60, deadline=None)
+@given(step=steps(), seed=st.integers(0, 1000))
+def test_token_rows_of_a_tied_head_equal_dense_weights(step, seed):
+    torch.manual_seed(seed)
+    base = nn.Linear(6, 9, bias=False)
+    rows = {
+        slot: (None, None, TokenRows(indices=torch.tensor([slot, 8]), rows=torch.randn(2, 6)))
+        for slot in range(NUM_SLOTS)
+    }
+    x = torch.randn(sum(count for _, count in step), 6)
+    if x.shape[0]:
+        check(SlotLinear(base, "text", Router()), rows, step, x)
+
+
+@settings(max_examples=60, deadline=None)
+@given(step=steps(), seed=st.integers(0, 1000))
+def test_embedding_equals_dense_weights(step, seed):
+    torch.manual_seed(seed)
+    base = nn.Embedding(9, 6)
+    lora = LoraFactors(a=torch.randn(3, 9), b=torch.randn(6, 3), scaling=0.5, kind="embedding")
+    parts = {
+        0: (lora, None, None),
+        1: (None, SavedModule(parameters={"weight": torch.randn(9, 6)}), None),
+        2: (None, None, TokenRows(indices=torch.tensor([7, 1]), rows=torch.randn(2, 6))),
+        3: (lora, SavedModule(parameters={"weight": torch.randn(9, 6)}), None),
+        4: (None, None, TokenRows(indices=torch.tensor([0]), rows=torch.randn(1, 6))),
+    }
+    ids = torch.randint(0, 9, (sum(count for _, count in step),))
+    if ids.shape[0]:
+        check(SlotEmbedding(base, "text", Router()), parts, step, ids)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.RMSNorm(6)])
+@settings(max_examples=40, deadline=None)
+@given(step=steps(), seed=st.integers(0, 1000))
+def test_norms_equal_dense_weights(norm, step, seed):
+    torch.manual_seed(seed)
+    base = copy.deepcopy(norm)
+    names = [name for name, _ in base.named_parameters()]
+    parts = {
+        slot: (None, SavedModule(parameters={name: torch.randn(6) for name in names}), None)
+        for slot in range(NUM_SLOTS)
+    }
+    x = torch.randn(sum(count for _, count in step), 6)
+    if x.shape[0]:
+        check(SlotNorm(base, "text", Router()), parts, step, x)
+
+
+def test_patch_convolution_equals_dense_weights():
+    torch.manual_seed(0)
+    base = nn.Conv3d(3, 5, kernel_size=(2, 4, 4), stride=(2, 4, 4), bias=False)
+    lora = LoraFactors(a=torch.randn(2, 96), b=torch.randn(5, 2), scaling=0.5)
+    saved = SavedModule(parameters={"weight": torch.randn(5, 3, 2, 4, 4)})
+    parts = {0: (lora, None, None), 1: (None, saved, None), 2: (lora, saved, None)}
+    step: list[tuple[Signature, int]] = [((), 2), (((0, 0.5), (1, -1.0)), 3), (((2, 1.0),), 2), (((0, 1.0),), 1)]
+    check(SlotConv(base, "text", Router()), parts, step, torch.randn(8, 3, 2, 4, 4))
+
+
+def test_a_layer_without_adapters_gives_exactly_the_base():
+    base = nn.Linear(6, 4)
+    layer = SlotLinear(base, "text", Router())
+    x = torch.randn(3, 6)
+    assert torch.equal(layer(x), base(x))
+
+
+def test_a_base_row_between_adapters_is_not_touched():
+    torch.manual_seed(0)
+    base = nn.Linear(6, 4)
+    layer = SlotLinear(base, "text", Router())
+    for slot, (lora, saved, rows) in linear_parts(0, base).items():
+        layer.fill(slot, lora, saved, rows)
+    layer._router.set(text=routing([(((s, 1.0),), 1) for s in range(NUM_SLOTS)] + [((), 1)]))
+    x = torch.randn(6, 6)
+    assert torch.allclose(layer(x)[5], base(x)[5], atol=1e-6)
+
+
+def test_clearing_and_refilling_a_slot_leaves_nothing_behind():
+    torch.manual_seed(0)
+    base = nn.Linear(6, 4)
+    layer = SlotLinear(base, "text", Router())
+    layers = SlotLayers({"m": layer})
+    parts = linear_parts(0, base)
+    weights = AdapterWeights(version="a", lora={"m": parts[4][0]}, saved={"m": parts[4][1]})
+    layers.fill(2, weights)
+    layer._router.set(text=routing([(((2, 1.0),), 3)]))
+    x = torch.randn(3, 6)
+    assert not torch.allclose(layer(x), base(x))
+    layers.clear(2)
+    assert torch.equal(layer(x), base(x))
+    assert not layer.owners
+
+
+def test_a_failed_fill_leaves_the_slot_clear():
+    base = nn.Linear(6, 4)
+    layer = SlotLinear(base, "text", Router())
+    layers = SlotLayers({"m": layer})
+    bad = LoraFactors(a=torch.randn(2, 6), b=torch.randn(4, 2), scaling=1.0)
+    with pytest.raises(KeyError, match="nowhere"):
+        layers.fill(0, AdapterWeights(version="a", lora={"m": bad, "nowhere": bad}))
+    assert not layer.owners
+
+
+def test_names_tell_the_space_of_their_rows():
+    assert space_of("lm_head") == "logits"
+    assert space_of("model.visual.merger.ln_q") == "patch"
+    assert space_of("model.visual.merger.mlp.2") == "merged"
+    assert space_of("model.visual.blocks.0.attn.qkv") == "patch"
+    assert space_of("model.language_model.layers.0.mlp.up_proj") == "text"
+
+
+def test_the_cheaper_form_is_chosen_by_cost():
+    factors = {slot: ops.Factors(torch.randn(8, 64), torch.randn(8, 64)) for slot in range(4)}
+    packed = ops.pack(factors, (0, 1, 2, 3))
+    decode = routing([(((slot, 1.0),), 1) for slot in range(4)])
+    prefill = routing([(((slot, 1.0),), 500) for slot in range(4)])
+    assert not ops.prefers_runs(packed, decode, 128, 5e5)
+    assert ops.prefers_runs(packed, prefill, 128, 5e5)
