@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
+from lora_runtime.combine import sum_heads
 from lora_runtime.engine.protocol import AdapterRef
 from lora_runtime.errors import InvalidCombination, NotFound
 from lora_runtime.weights import AdapterWeights, Head
@@ -31,17 +30,4 @@ def select_head(
             "Name an adapter that was trained with one.",
             near=names,
         )
-    carriers = [(ref.weight, adapter.heads[name]) for ref, adapter in owners if name in adapter.heads]
-    if len(carriers) == 1 and carriers[0][0] == 1.0:
-        return carriers[0][1]
-    return _blended(name, carriers)
-
-
-def _blended(name: str, carriers: list[tuple[float, Head]]) -> Head:
-    labels = carriers[0][1].labels
-    if any(head.labels != labels for _, head in carriers):
-        raise InvalidCombination(f"The adapters' heads '{name}' have different labels and cannot be combined.")
-    weight = sum((share * head.weight.float() for share, head in carriers), torch.zeros(()))
-    with_bias = [(share, head.bias) for share, head in carriers if head.bias is not None]
-    bias = sum((share * b.float() for share, b in with_bias), torch.zeros(())) if with_bias else None
-    return Head(name=name, weight=weight, bias=bias, labels=labels)
+    return sum_heads(name, [(adapter.heads[name], ref.weight) for ref, adapter in owners if name in adapter.heads])

@@ -1,0 +1,126 @@
+"""Combinations as one adapter: exact sums of deltas.
+
+For members i with weights wᵢ the result does base + Σ wᵢ·Δᵢ on every leaf: LoRA factors are
+concatenated along the rank (ΔW = Σ wᵢ sᵢ Bᵢ Aᵢ), saved parameters and token rows become
+W₀ + Σ wᵢ (Wᵢ - W₀). Everything is folded in fp32.
+
+An engine needs none of this: a row carries weights over slots. It is for writing a combination
+to disk, and for engines that know one adapter per row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lora_runtime.errors import InvalidCombination
+from lora_runtime.weights import AdapterWeights, Head, LoraFactors, SavedModule, TokenRows
+
+BaseParameter = Callable[[str, str], Tensor]
+"""(leaf, parameter) → the base's own tensor W₀."""
+
+Member = tuple[AdapterWeights, float]
+Part = TypeVar("Part")
+
+
+def combine(members: Sequence[Member], base: BaseParameter) -> AdapterWeights:
+    """One adapter equal to the weighted sum of ``members``. Raises InvalidCombination.
+
+    A head has no base to differ from, so heads add as Σ wᵢ Wᵢ; their labels must agree.
+    """
+    check_weights([weight for _, weight in members])
+    return AdapterWeights(
+        version=combined_version([(adapter.version, weight) for adapter, weight in members]),
+        lora=_each_leaf(members, "lora", _sum_factors),
+        saved=_each_leaf(members, "saved", lambda name, parts: _sum_saved(name, parts, base)),
+        token_rows=_each_leaf(members, "token_rows", lambda name, parts: _sum_rows(name, parts, base)),
+        heads=_each_leaf(members, "heads", sum_heads),
+    )
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Raise InvalidCombination unless there is at least one weight and all are finite."""
+    if not weights:
+        raise InvalidCombination("A combination needs at least one adapter.")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise InvalidCombination(f"The weight {weight} is not a finite number.", weight=str(weight))
+
+
+def combined_version(members: Sequence[tuple[str, float]]) -> str:
+    """Identity of a combination: sha256 over its members' versions and weights, in hex, whatever their order."""
+    recipe = "+".join(f"{version}:{float(weight).hex()}" for version, weight in sorted(members))
+    return hashlib.sha256(recipe.encode()).hexdigest()
+
+
+def sum_heads(name: str, parts: Sequence[tuple[Head, float]]) -> Head:
+    """Σ wᵢ Wᵢ of heads with equal labels. Raises InvalidCombination where the labels differ."""
+    if len(parts) == 1 and parts[0][1] == 1.0:
+        return parts[0][0]
+    labels = parts[0][0].labels
+    if any(head.labels != labels for head, _ in parts):
+        raise InvalidCombination(f"The adapters' heads '{name}' have different labels and cannot be combined.")
+    biases = [(head.bias, weight) for head, weight in parts if head.bias is not None]
+    return Head(
+        name=name,
+        weight=_weighted_sum([(head.weight, weight) for head, weight in parts]),
+        bias=_weighted_sum(biases) if biases else None,
+        labels=labels,
+    )
+
+
+def _each_leaf(
+    members: Sequence[Member], kind: str, merge: Callable[[str, Sequence[tuple[Part, float]]], Part]
+) -> dict[str, Part]:
+    collected: dict[str, list[tuple[Part, float]]] = {}
+    for adapter, weight in members:
+        for name, part in getattr(adapter, kind).items():
+            collected.setdefault(name, []).append((part, weight))
+    return {name: merge(name, parts) for name, parts in collected.items()}
+
+
+def _sum_factors(name: str, parts: Sequence[tuple[LoraFactors, float]]) -> LoraFactors:
+    biases = [(f.bias, weight * f.scaling) for f, weight in parts if f.bias is not None]
+    return LoraFactors(
+        a=torch.cat([f.a.float() for f, _ in parts]),
+        b=torch.cat([f.b.float() * (weight * f.scaling) for f, weight in parts], dim=1),
+        scaling=1.0,
+        kind=parts[0][0].kind,
+        bias=_weighted_sum(biases) if biases else None,
+    )
+
+
+def _sum_saved(name: str, parts: Sequence[tuple[SavedModule, float]], base: BaseParameter) -> SavedModule:
+    parameters: dict[str, list[tuple[Tensor, float]]] = {}
+    for module, weight in parts:
+        for parameter, tensor in module.parameters.items():
+            parameters.setdefault(parameter, []).append((tensor, weight))
+    return SavedModule(
+        parameters={
+            parameter: _blend(base(name, parameter), tensors) for parameter, tensors in parameters.items()
+        }
+    )
+
+
+def _sum_rows(name: str, parts: Sequence[tuple[TokenRows, float]], base: BaseParameter) -> TokenRows:
+    indices = torch.cat([rows.indices for rows, _ in parts]).unique()
+    own = base(name, "weight")[indices].float()
+    total = own.clone()
+    for rows, weight in parts:
+        at = torch.searchsorted(indices, rows.indices)
+        total[at] += weight * (rows.rows.float() - own[at])
+    return TokenRows(indices=indices, rows=total)
+
+
+def _blend(own: Tensor, tensors: Sequence[tuple[Tensor, float]]) -> Tensor:
+    own = own.float()
+    return own + _weighted_sum([(tensor.float() - own, weight) for tensor, weight in tensors])
+
+
+def _weighted_sum(tensors: Sequence[tuple[Tensor, float]]) -> Tensor:
+    return torch.stack([tensor.float() * weight for tensor, weight in tensors]).sum(0)
