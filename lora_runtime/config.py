@@ -1,25 +1,40 @@
-"""``adapter_config.json``, read and checked: what PEFT's LoRA config means for this base."""
+"""``adapter_config.json``, read and checked: the fields of PEFT's LoRA config that decide what an adapter does."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lora_runtime.errors import AdapterMissing, MalformedAdapter, UnsupportedAdapter
-from lora_runtime.layout import BaseLayout
+from lora_runtime.errors import MalformedAdapter, UnsupportedAdapter
+from lora_runtime.folder import CONFIG_NAME, read_json
+from lora_runtime.names import shown
 
-CONFIG_NAME = "adapter_config.json"
-MAX_CONFIG_BYTES = 4 << 20
-PATTERN_TIMEOUT_S = 1.0
-PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "true", "false"})
-CLASSIFIER_NAMES = frozenset({"classifier", "score"})
+Name = Annotated[str, Field(min_length=1, max_length=1 << 16)]
+Rank = Annotated[int, Field(ge=1, le=1 << 16)]
+Alpha = Annotated[float, Field(allow_inf_nan=False)]
+Index = Annotated[int, Field(ge=0, lt=1 << 31)]
 
-_UNSUPPORTED = {
+NO_TARGETS = "dummy-target-modules"
+"""PEFT's word for: this adapter has no low-rank part."""
+
+PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "true", "false", "none"})
+"""Initialisations that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do not."""
+
+_INERT = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
+        *("lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # act through init_lora_weights alone
+        "fan_in_fan_out",  # PEFT itself resets it for the layers that this base has
+    }
+)
+"""Options that do not change what a trained adapter computes."""
+
+_REASONS = {
     "use_dora": "DoRA scales by a norm of the merged weight",
     "use_qalora": "QALoRA pools its input",
     "alora_invocation_tokens": "aLoRA acts on part of the prompt only",
@@ -30,27 +45,28 @@ _UNSUPPORTED = {
     "arrow_config": "Arrow routes by token",
     "kasa_config": "KaSA changes the base's singular values",
     "monteclora_config": "MonteCLoRA samples its factors",
+    "velora_config": "VeLoRA replaces the layer's projection",
 }
 
 
 class AdapterConfig(BaseModel):
-    """The fields of PEFT's ``LoraConfig`` that decide what an adapter does. Unknown fields are kept out."""
+    """What PEFT's ``LoraConfig`` says about the trained function. ``read_config`` refuses what it cannot hold."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     peft_type: str
     task_type: str | None = None
-    r: int = Field(default=8, ge=1, le=1 << 16)
-    lora_alpha: float = Field(default=8, allow_inf_nan=False)
+    r: Rank = 8
+    lora_alpha: Alpha = 8
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    rank_pattern: dict[Name, Rank] = Field(default_factory=dict)
+    alpha_pattern: dict[Name, Alpha] = Field(default_factory=dict)
+    target_modules: list[Name] | str | None = None
+    exclude_modules: list[Name] | str | None = None
     layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    layers_pattern: list[Name] | str | None = None
+    modules_to_save: list[Name] | None = None
+    trainable_token_indices: list[Index] | dict[Name, list[Index]] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     init_lora_weights: bool | str | None = True
@@ -61,139 +77,87 @@ class AdapterConfig(BaseModel):
         return tuple(self.modules_to_save or ())
 
     @property
-    def may_lack_a_head(self) -> bool:
-        """PEFT writes both usual head names into the config of a classifier; a model has one of them."""
-        return self.task_type in ("SEQ_CLS", "TOKEN_CLS")
+    def layer_patterns(self) -> tuple[str, ...]:
+        patterns = self.layers_pattern
+        return (patterns,) if isinstance(patterns, str) and patterns else tuple(patterns or ())
 
-    def token_indices(self) -> dict[str, list[int]]:
-        """Trained token ids by module name as written; a bare list means the input embedding."""
+    @property
+    def is_classifier(self) -> bool:
+        """PEFT then saves ``classifier`` and ``score`` unasked; a model has one of them."""
+        return self.task_type == "SEQ_CLS"
+
+    def token_indices(self, embedding: str) -> Mapping[str, list[int]]:
+        """Trained token ids by module name as written; a bare list means the input ``embedding``."""
         indices = self.trainable_token_indices
         if indices is None:
             return {}
-        return dict(indices) if isinstance(indices, dict) else {"embed_tokens": indices}
+        return indices if isinstance(indices, dict) else {embedding: indices}
 
-    def rank_and_scaling(self, key: str) -> tuple[int, float]:
-        """Rank and scaling of the module ``key``: alpha/r, or alpha/√r for rsLoRA (arXiv 2312.03732)."""
-        rank = self.rank_pattern.get(_pattern_key(self.rank_pattern, key), self.r)
-        alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, key), self.lora_alpha)
-        return rank, alpha / (rank**0.5 if self.use_rslora else rank)
-
-    def targets(self, key: str, layout: BaseLayout) -> bool:
-        """Whether LoRA targets the leaf known as ``key``; PEFT's rules (``check_target_module_exists``)."""
-        if self._excludes(key) or self.target_modules is None:
-            return False
-        if self.target_modules == "all-linear":
-            return key != "lm_head" and _kind(layout, key) == "linear"
-        if isinstance(self.target_modules, str):
-            return _fullmatch(self.target_modules, key)
-        if key in self.target_modules:
-            return True
-        return any(key.endswith(f".{name}") for name in self.target_modules) and self._in_layers(key)
-
-    def _excludes(self, key: str) -> bool:
-        names = self.exclude_modules
-        if isinstance(names, str):
-            if names and _fullmatch(names, key):
-                return True
-        elif names and any(key == name or key.endswith(f".{name}") for name in names):
-            return True
-        return any(_match(rf"(^|.*\.){name}($|\..*)", key) for name in self.saved_names)
-
-    def _in_layers(self, key: str) -> bool:
-        wanted = self.layers_to_transform
-        if wanted is None or wanted == []:
-            return True
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        expressions = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns or ()] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-        found = next((match for e in expressions if (match := _match(e, key))), None)
-        return found is not None and int(found["idx"]) in ([wanted] if isinstance(wanted, int) else wanted)
+    def expressions(self) -> Iterable[str]:
+        """All that PEFT compiles as a regular expression."""
+        for value in (self.target_modules, self.exclude_modules):
+            if isinstance(value, str):
+                yield value
+        yield from (*self.saved_names, *self.rank_pattern, *self.alpha_pattern, *self.layer_patterns)
 
 
-def read_config(path: Path) -> AdapterConfig:
-    """Read ``path/adapter_config.json``. Raises AdapterMissing, MalformedAdapter or UnsupportedAdapter."""
-    raw = read_json(path / CONFIG_NAME)
+def read_config(folder: Path) -> AdapterConfig:
+    """Read ``adapter_config.json`` in ``folder``. Raises AdapterMissing, MalformedAdapter or UnsupportedAdapter."""
+    raw = read_json(folder / CONFIG_NAME)
     if raw.get("peft_type") != "LORA":
         raise UnsupportedAdapter(
-            f"{CONFIG_NAME} says peft_type {raw.get('peft_type')!r}; only LORA is served. "
+            f"{CONFIG_NAME} says peft_type {shown(repr(raw.get('peft_type')))}; only LORA is served. "
             "Merge the adapter into a checkpoint, or train it as LoRA.",
             option="peft_type",
         )
     try:
         config = AdapterConfig.model_validate(raw)
-        _check_patterns(config)
-    except (ValidationError, regex.error) as error:
-        problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("pattern",), "msg": str(error)}
-        where = ".".join(str(part) for part in problem["loc"])
-        raise MalformedAdapter(f"{CONFIG_NAME}: '{where}' is wrong: {problem['msg']}.", field=where) from error
+    except (ValidationError, ArithmeticError) as error:
+        raise _malformed(_problems(error)) from error
+    _check_expressions(config)
     _check_supported(raw, config)
     return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size. Raises AdapterMissing or MalformedAdapter."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise MalformedAdapter(f"{path.name} is larger than {MAX_CONFIG_BYTES} bytes; it is no adapter config.")
-        raw = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise AdapterMissing(f"There is no {path.name} in the adapter's folder; check the path.") from error
-    except OSError as error:
-        raise AdapterMissing(f"{path.name} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise MalformedAdapter(f"{path.name} is not valid JSON; save the adapter again.") from error
-    if not isinstance(raw, dict):
-        raise MalformedAdapter(f"{path.name} holds no JSON object; save the adapter again.")
-    return raw
+def _problems(error: ValidationError | ArithmeticError) -> list[tuple[str, str]]:
+    if not isinstance(error, ValidationError):
+        return [("a number", str(error))]
+    return [(".".join(str(part) for part in found["loc"]), found["msg"]) for found in error.errors()]
+
+
+def _malformed(problems: list[tuple[str, str]]) -> MalformedAdapter:
+    said = "; ".join(f"'{shown(where)}': {shown(what)}" for where, what in problems[:4])
+    return MalformedAdapter(
+        f"{CONFIG_NAME} is wrong at {said}. Save the adapter again with PEFT.", fields=[w for w, _ in problems]
+    )
+
+
+def _check_expressions(config: AdapterConfig) -> None:
+    for pattern in config.expressions():
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise _malformed([(pattern, f"no regular expression ({error})")]) from error
+    if isinstance(config.target_modules, str) and (config.layers_to_transform is not None or config.layers_pattern):
+        raise _malformed([("layers_to_transform", "PEFT refuses it where target_modules is one expression")])
 
 
 def _check_supported(raw: Mapping[str, Any], config: AdapterConfig) -> None:
-    for option, reason in _UNSUPPORTED.items():
-        if raw.get(option):
-            raise UnsupportedAdapter(
-                f"{CONFIG_NAME} sets {option}, which is not served: {reason}. Merge the adapter instead.",
-                option=option,
-            )
-    init = str(config.init_lora_weights).lower()
-    if config.init_lora_weights is not None and init not in PLAIN_INITS:
+    known = _INERT | set(AdapterConfig.model_fields)
+    if options := sorted(name for name, value in raw.items() if value and name not in known):
+        reasons = [f"{shown(name)} ({_REASONS.get(name, 'unknown here')})" for name in options]
         raise UnsupportedAdapter(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base's weights as well. Save the adapter "
-            "with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA.",
-            option="init_lora_weights",
+            f"{CONFIG_NAME} sets what is not served: {'; '.join(reasons[:8])}. Merge the adapter into a checkpoint "
+            "instead, or train it without.",
+            options=options,
         )
-
-
-def _check_patterns(config: AdapterConfig) -> None:
-    for pattern in _expressions(config):
-        regex.compile(pattern)
-
-
-def _expressions(config: AdapterConfig) -> Iterable[str]:
-    for value in (config.target_modules, config.exclude_modules):
-        if isinstance(value, str):
-            yield value
-    yield from config.saved_names
-    yield from config.rank_pattern
-    yield from config.alpha_pattern
-    yield from [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
-
-
-def _pattern_key(patterns: Mapping[str, object], key: str) -> str:
-    """PEFT's ``get_pattern_key``: the first pattern that matches the end of ``key``."""
-    return next((pattern for pattern in patterns if _match(rf"(.*\.)?({pattern})$", key)), key)
-
-
-def _match(pattern: str, key: str) -> Any:
-    """``re.match`` for a pattern that came with an adapter: bounded in time, since it may be hostile."""
-    try:
-        return regex.match(pattern, key, timeout=PATTERN_TIMEOUT_S)
-    except TimeoutError as error:
-        raise MalformedAdapter(f"{CONFIG_NAME}: the pattern {pattern[:80]!r} takes too long to match.") from error
-
-
-def _fullmatch(pattern: str, key: str) -> bool:
-    return _match(rf"(?:{pattern})\Z", key) is not None
-
-
-def _kind(layout: BaseLayout, key: str) -> str | None:
-    leaf = layout.leaves.get(key)
-    return None if leaf is None else leaf.kind
+    if str(config.init_lora_weights).lower() not in PLAIN_INITS:
+        raise UnsupportedAdapter(
+            f"init_lora_weights={shown(repr(config.init_lora_weights))} changes the base's weights as well. Save the "
+            "adapter with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA.",
+            options=["init_lora_weights"],
+        )
+    if config.task_type == "TOKEN_CLS":
+        raise UnsupportedAdapter(
+            "task_type TOKEN_CLS classifies each token; only sequences are classified.", options=["task_type"]
+        )

@@ -13,9 +13,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_runtime.checkpoint import TENSORS_NAME
-from lora_runtime.config import CONFIG_NAME
 from lora_runtime.errors import Conflict, UnsupportedAdapter
+from lora_runtime.folder import CONFIG_NAME, TENSORS_NAME
 from lora_runtime.layout import BaseLayout
 from lora_runtime.weights import AdapterWeights
 

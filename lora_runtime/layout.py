@@ -33,13 +33,16 @@ class Leaf:
 class BaseLayout:
     """The base's leaves under canonical names (its own module paths).
 
-    ``tied`` maps a module to the one whose weight it shares; ``containers`` are modules with
-    children, of use in matching and in messages.
+    ``tied`` maps a module to the one whose weight it shares (``lm_head`` to the input embedding);
+    ``containers`` are all other modules, of use in matching and in messages; ``embedding`` names the
+    input embedding.
     """
 
     leaves: Mapping[str, Leaf]
     tied: Mapping[str, str]
     containers: frozenset[str]
+    embedding: str
+    vocab_size: int
     hidden_size: int
 
     @classmethod
@@ -48,18 +51,21 @@ class BaseLayout:
         leaves: dict[str, Leaf] = {}
         containers: set[str] = set()
         for name, module in model.named_modules():
-            if next(module.children(), None) is not None:
-                containers.add(name)
-            elif (leaf := _leaf(module)) is not None:
+            if (leaf := _leaf(module)) is not None:
                 leaves[name] = leaf
-        config: Any = model.config
-        embedding = next(name for name in leaves if name.endswith("embed_tokens"))
-        is_tied = getattr(config, "tie_word_embeddings", False) and "lm_head" in leaves
+            elif name:
+                containers.add(name)
+        transformer: Any = model
+        embedding = next(name for name, m in model.named_modules() if m is transformer.get_input_embeddings())
+        head = transformer.get_output_embeddings()
+        is_tied = head is not None and head.weight is transformer.get_input_embeddings().weight
         return cls(
             leaves=MappingProxyType(leaves),
             tied=MappingProxyType({"lm_head": embedding} if is_tied else {}),
-            containers=frozenset(containers - {""}),
-            hidden_size=config.get_text_config().hidden_size,
+            containers=frozenset(containers),
+            embedding=embedding,
+            vocab_size=leaves[embedding].in_features,
+            hidden_size=leaves[embedding].out_features,
         )
 
     @classmethod
@@ -89,6 +95,4 @@ def _leaf(module: nn.Module) -> Leaf | None:
         kind, in_features, out_features = "norm", shape[0], shape[0]
     else:
         return None
-    return Leaf(
-        kind=kind, parameters=MappingProxyType(parameters), in_features=in_features, out_features=out_features
-    )
+    return Leaf(kind=kind, parameters=MappingProxyType(parameters), in_features=in_features, out_features=out_features)

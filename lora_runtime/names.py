@@ -12,14 +12,16 @@ from collections.abc import Iterable
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _LEADING = frozenset({"base_model", "model", "language_model", "module"})
+_MAX_SHOWN = 160
 
 
 def tail(spelled: str) -> str:
     """``spelled`` without wrappers and without leading containers: what all spellings have in common."""
     parts = [part for part in spelled.split(".") if part not in _WRAPPERS]
-    while len(parts) > 1 and parts[0] in _LEADING:
-        parts.pop(0)
-    return ".".join(parts)
+    start = 0
+    while start < len(parts) - 1 and parts[start] in _LEADING:
+        start += 1
+    return ".".join(parts[start:])
 
 
 def canonical(spelled: str) -> str:
@@ -33,14 +35,34 @@ def canonical(spelled: str) -> str:
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """The names under which training code may have known the canonical ``name``: now, and before 4.52."""
+    """The names under which training code may have known the canonical ``name``, always in this order:
+
+    since transformers 4.52; before it; since it, trained on the model without its ``lm_head``; and before it, so.
+    """
     if name.startswith("model.visual"):
-        return name, name.removeprefix("model.")
+        bare = name.removeprefix("model.")
+        return name, bare, bare, bare
     if name.startswith("model.language_model"):
-        return name, name.replace("model.language_model", "model", 1)
-    return name, name
+        rest = name.removeprefix("model.language_model").removeprefix(".")
+        return name, f"model.{rest}".rstrip("."), name.removeprefix("model."), rest
+    return name, name, name, name
+
+
+NUM_SPELLINGS = 4
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known names closest to ``name``, best first."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
+    return difflib.get_close_matches(name[:_MAX_SHOWN], list(known), n=count, cutoff=0.4)
+
+
+def shown(name: str) -> str:
+    """``name`` as a message may carry it: names in a file can be of any length."""
+    return name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}…"
+
+
+def listed(names: Iterable[str], count: int = 8) -> str:
+    """The first ``count`` names for a message, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(shown(name) for name in names[:count]) + more

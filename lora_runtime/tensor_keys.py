@@ -2,49 +2,74 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal, NamedTuple
 
-Role = Literal["a", "b", "b_bias", "embedding_a", "embedding_b", "tokens", "magnitude", "parameter"]
+Role = Literal["a", "b", "b_bias", "embedding_a", "embedding_b", "tokens", "magnitude", "parameter", "original"]
+
+MAX_ADAPTER_NAMES = 3
+"""How many adapter names in a row are taken for such: ``default.default.`` is known from the wild."""
 
 
 class TensorKey(NamedTuple):
-    """``module`` as spelled in the file, wrappers included; ``parameter`` only for role "parameter"."""
+    """``module`` as spelled in the file, wrappers included; ``parameter`` for roles "parameter" and "original".
+
+    "original" is the base's own parameter that PEFT writes beside a saved one for ``bias="all"``.
+    """
 
     module: str
     role: Role
     parameter: str = ""
 
 
-_NAMES = r"(?:\.[A-Za-z0-9_\-]+)*?"
-"""Adapter names that PEFT or a trainer left inside a key: ``default``, ``default.default``, …"""
-
-_PATTERNS: tuple[tuple[re.Pattern[str], Role], ...] = (
-    (re.compile(rf"(.+)\.lora_A{_NAMES}\.weight"), "a"),
-    (re.compile(rf"(.+)\.lora_B{_NAMES}\.weight"), "b"),
-    (re.compile(rf"(.+)\.lora_B{_NAMES}\.bias"), "b_bias"),
-    (re.compile(rf"(.+)\.lora_embedding_A{_NAMES}"), "embedding_a"),
-    (re.compile(rf"(.+)\.lora_embedding_B{_NAMES}"), "embedding_b"),
-    (re.compile(rf"(.+)\.token_adapter\.trainable_tokens_delta{_NAMES}"), "tokens"),
-    (re.compile(rf"(.+)\.lora_magnitude_vector{_NAMES}(?:\.weight)?"), "magnitude"),
-)
-_SAVED = re.compile(r"(.+?)\.modules_to_save\.(.+)")
-_PARAMETER = re.compile(r"(.+)\.(weight|bias)")
+_MARKERS: dict[tuple[str, str], Role] = {
+    ("lora_A", "weight"): "a",
+    ("lora_B", "weight"): "b",
+    ("lora_B", "bias"): "b_bias",
+    ("lora_embedding_A", ""): "embedding_a",
+    ("lora_embedding_B", ""): "embedding_b",
+    ("trainable_tokens_delta", ""): "tokens",
+    ("lora_magnitude_vector", ""): "magnitude",
+    ("lora_magnitude_vector", "weight"): "magnitude",
+}
+_MARKER_NAMES = frozenset(marker for marker, _ in _MARKERS)
+_PARAMETERS = ("weight", "bias")
+_INNER = frozenset({"base_layer", "token_adapter"})
 
 
 def parse_key(key: str) -> tuple[TensorKey, ...]:
-    """The possible readings of ``key``, the likeliest first; empty for a name that no adapter has.
+    """The possible readings of ``key``; empty for a name that no adapter has.
 
     Only inside ``modules_to_save`` there can be several: the segment after it may be an adapter's
-    name or a child of the saved module.
+    name or a child of the saved module. Which one exists is for the base to say.
     """
-    for pattern, role in _PATTERNS:
-        if match := pattern.fullmatch(key):
-            return (TensorKey(match[1], role),)
-    if match := _SAVED.fullmatch(key):
-        parts = match[2].split(".")
-        readings = [".".join([match[1], *parts[skip:]]) for skip in range(len(parts))]
+    parts = key.split(".")
+    at = next((i for i, part in enumerate(parts) if part in _MARKER_NAMES), None)
+    if at is None:
+        role: Role | None = "original" if "original_module" in parts else "parameter"
+        parameter, module = parts[-1], parts[:-1]
+        role = role if parameter in _PARAMETERS else None
     else:
-        readings = [re.sub(r"\.(base_layer|original_module)\.(?=weight$|bias$)", ".", key)]
-    found = (_PARAMETER.fullmatch(reading) for reading in readings)
-    return tuple(TensorKey(match[1], "parameter", match[2]) for match in found if match)
+        role, parameter, module = _marked_role(parts[at], parts[at + 1 :]), "", parts[:at]
+    if role is None:
+        return ()
+    return tuple(TensorKey(".".join(reading), role, parameter) for reading in _modules(module) if reading)
+
+
+def _marked_role(marker: str, rest: list[str]) -> Role | None:
+    """The role by what ends the key; between marker and end there may be adapter names."""
+    last = rest[-1] if rest else ""
+    names = rest[:-1] if (marker, last) in _MARKERS else rest
+    if len(names) > MAX_ADAPTER_NAMES:
+        return None
+    return _MARKERS.get((marker, last)) or _MARKERS.get((marker, ""))
+
+
+def _modules(parts: list[str]) -> list[list[str]]:
+    parts = [part for part in parts if part not in _INNER]
+    if "original_module" in parts:
+        return [[part for part in parts if part != "original_module"]]
+    if "modules_to_save" not in parts:
+        return [parts]
+    at = parts.index("modules_to_save")
+    outer, inner = parts[:at], parts[at + 1 :]
+    return [outer + inner[skip:] for skip in range(min(len(inner), MAX_ADAPTER_NAMES) + 1)]
