@@ -43,7 +43,7 @@ class _Reading:
         self._layout = layout
         self._matcher = Matcher(config, layout)
         self._placed: Placed = place(tensors, layout, config)
-        self._targets: Targets = self._matcher.targets(self._placed.factored())
+        self._targets: Targets = self._matcher.targets(self._placed.factored(), self._placed.spelled)
 
     def weights(self, version: str, folder: Path) -> AdapterWeights:
         self._check_names()

@@ -2,7 +2,8 @@
 
 For members i with weights wᵢ the result does base + Σ wᵢ·Δᵢ on every leaf: LoRA factors are
 concatenated along the rank (ΔW = Σ wᵢ sᵢ Bᵢ Aᵢ), saved parameters and token rows become
-W₀ + Σ wᵢ (Wᵢ - W₀). Everything is folded in fp32.
+W₀ + Σ wᵢ (Wᵢ - W₀). Everything is folded in fp32. Where members train tokens of a leaf that others
+save or adapt, the rows go into that weight, or become ranks of their own.
 
 An engine needs none of this: a row carries weights over slots. It is for writing a combination
 to disk, and for engines that know one adapter per row.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -25,6 +27,8 @@ BaseParameter = Callable[[str, str], Tensor]
 """(leaf, parameter) → the base's own tensor W₀."""
 
 Member = tuple[AdapterWeights, float]
+
+_NOTHING = SavedModule(parameters={})
 Part = TypeVar("Part")
 
 
@@ -34,11 +38,22 @@ def combine(members: Sequence[Member], base: BaseParameter) -> AdapterWeights:
     A head has no base to differ from, so heads add as Σ wᵢ Wᵢ; their labels must agree.
     """
     check_weights([weight for _, weight in members])
+    lora = _each_leaf(members, "lora", _sum_factors)
+    saved = _each_leaf(members, "saved", lambda name, parts: _sum_saved(name, parts, base))
+    rows = _each_leaf(members, "token_rows", lambda name, parts: _sum_rows(name, parts, base))
+    for name in [name for name in rows if "weight" in saved.get(name, _NOTHING).parameters or name in lora]:
+        own = base(name, "weight")[rows[name].indices].float()
+        change = rows[name].rows - own
+        if "weight" in saved.get(name, _NOTHING).parameters:
+            saved[name].parameters["weight"][rows[name].indices] += change  # a fresh tensor, from _blend
+        else:
+            lora[name] = _with_rows(lora[name], rows[name].indices, change)
+        del rows[name]
     return AdapterWeights(
         version=combined_version([(adapter.version, weight) for adapter, weight in members]),
-        lora=_each_leaf(members, "lora", _sum_factors),
-        saved=_each_leaf(members, "saved", lambda name, parts: _sum_saved(name, parts, base)),
-        token_rows=_each_leaf(members, "token_rows", lambda name, parts: _sum_rows(name, parts, base)),
+        lora=lora,
+        saved=saved,
+        token_rows=rows,
         heads=_each_leaf(members, "heads", sum_heads),
     )
 
@@ -101,9 +116,7 @@ def _sum_saved(name: str, parts: Sequence[tuple[SavedModule, float]], base: Base
         for parameter, tensor in module.parameters.items():
             parameters.setdefault(parameter, []).append((tensor, weight))
     return SavedModule(
-        parameters={
-            parameter: _blend(base(name, parameter), tensors) for parameter, tensors in parameters.items()
-        }
+        parameters={parameter: _blend(base(name, parameter), tensors) for parameter, tensors in parameters.items()}
     )
 
 
@@ -115,6 +128,17 @@ def _sum_rows(name: str, parts: Sequence[tuple[TokenRows, float]], base: BasePar
         at = torch.searchsorted(indices, rows.indices)
         total[at] += weight * (rows.rows.float() - own[at])
     return TokenRows(indices=indices, rows=total)
+
+
+def _with_rows(factors: LoraFactors, indices: Tensor, change: Tensor) -> LoraFactors:
+    """``factors`` with ``change`` (N, D) of the weight's rows ``indices`` (N,) added: one rank per row.
+
+    ΔW[i] += change[i] is Eᵀ·change with E the (N, V) selection of rows.
+    """
+    rows_of = factors.a.shape[1] if factors.kind == "embedding" else factors.b.shape[0]
+    selection = torch.nn.functional.one_hot(indices, rows_of).float()
+    a, b = (selection, change.T) if factors.kind == "embedding" else (change, selection.T)
+    return replace(factors, a=torch.cat([factors.a, a]), b=torch.cat([factors.b, b], dim=1))
 
 
 def _blend(own: Tensor, tensors: Sequence[tuple[Tensor, float]]) -> Tensor:

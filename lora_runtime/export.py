@@ -7,16 +7,20 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_runtime.config import NO_TARGETS
 from lora_runtime.errors import Conflict, UnsupportedAdapter
-from lora_runtime.folder import CONFIG_NAME, TENSORS_NAME
+from lora_runtime.folder import CONFIG_NAME, MODEL_CONFIG_NAME, TENSORS_NAME
 from lora_runtime.layout import BaseLayout
-from lora_runtime.weights import AdapterWeights
+from lora_runtime.names import listed
+from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule
 
 PREFIX = "base_model.model."
 
@@ -24,20 +28,21 @@ PREFIX = "base_model.model."
 def write_adapter(weights: AdapterWeights, path: str | Path, layout: BaseLayout, *, base_name: str) -> None:
     """Write a PEFT folder at ``path``, staged beside it and renamed: readers see all of it or nothing.
 
-    Scalings are folded into B (alpha = r). Raises Conflict where ``path`` exists, UnsupportedAdapter for what
-    PEFT's format cannot say: a LoRA inside a module that is saved too.
+    Scalings are folded into B in fp32 (alpha = r); LoRA on a module that is saved too is folded into its
+    weight. Raises Conflict where ``path`` exists, UnsupportedAdapter for what PEFT's format cannot say.
     """
     target = Path(path)
     if target.exists():
         raise Conflict(f"'{target.name}' exists already; choose another folder or remove it.")
-    _check_expressible(weights, layout)
+    weights = _settled(weights, layout)
+    tensors, config = _tensors(weights, layout), _config(weights, layout, base_name)
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        save_file(_tensors(weights, layout), staged / TENSORS_NAME, metadata={"format": "pt"})
-        (staged / CONFIG_NAME).write_text(json.dumps(_config(weights, layout, base_name), indent=2))
+        save_file(tensors, staged / TENSORS_NAME, metadata={"format": "pt"})
+        (staged / CONFIG_NAME).write_text(json.dumps(config, indent=2))
         if labels := _labels(weights):
-            (staged / "config.json").write_text(json.dumps({"id2label": labels}, indent=2))
+            (staged / MODEL_CONFIG_NAME).write_text(json.dumps({"id2label": labels}, indent=2))
         staged.chmod(0o755)
         staged.rename(target)
     except BaseException:
@@ -45,52 +50,113 @@ def write_adapter(weights: AdapterWeights, path: str | Path, layout: BaseLayout,
         raise
 
 
-def _check_expressible(weights: AdapterWeights, layout: BaseLayout) -> None:
-    partial = sorted(n for n, m in weights.saved.items() if set(m.parameters) != set(layout.leaves[n].parameters))
-    if partial:
-        raise UnsupportedAdapter(
-            f"PEFT saves modules whole; of {', '.join(partial[:4])} only some parameters are changed. "
-            "Serve the combination at run time, or merge it into a checkpoint.",
-            modules=partial,
-        )
-    both = sorted((set(weights.lora) | set(weights.token_rows)) & set(weights.saved))
-    if both:
-        raise UnsupportedAdapter(
-            f"PEFT cannot hold low-rank factors and full weights of one module ({', '.join(both[:4])}). "
-            "Serve the combination at run time, or merge it into a checkpoint.",
-            modules=both,
-        )
+def _settled(weights: AdapterWeights, layout: BaseLayout) -> AdapterWeights:
+    """``weights`` with at most one of LoRA, saved weight and token rows per leaf."""
+    lora, saved = dict(weights.lora), dict(weights.saved)
+    for name in [name for name in lora if "weight" in saved.get(name, _NOTHING).parameters]:
+        saved[name] = _folded(name, lora.pop(name), saved[name])
+    clashes = sorted(
+        name for name in weights.token_rows if name in lora or "weight" in saved.get(name, _NOTHING).parameters
+    )
+    if clashes:
+        raise _inexpressible("token rows beside low-rank factors or a full weight of one module", clashes)
+    if any(factors.bias is not None for factors in lora.values()):
+        if embeddings := sorted(name for name, factors in lora.items() if factors.kind == "embedding"):
+            raise _inexpressible("LoRA biases together with LoRA on an embedding", embeddings)
+        # PEFT gives all low-rank parts a bias or none.
+        lora = {name: factors if factors.bias is not None else _biased(factors) for name, factors in lora.items()}
+    for head, embedding in layout.tied.items():
+        rows = weights.token_rows
+        if embedding in rows and not (head in rows and (_same_rows(weights, head) or _other_ids(weights, head))):
+            raise _inexpressible("token rows of an embedding that differ from those of its tied head", [embedding])
+    return replace(weights, lora=lora, saved=saved)
+
+
+_NOTHING = SavedModule(parameters={})
+
+
+def _folded(name: str, factors: LoraFactors, saved: SavedModule) -> SavedModule:
+    weight = saved.parameters["weight"]
+    parameters = {**saved.parameters, "weight": weight.float() + factors.delta().reshape(weight.shape)}
+    if factors.bias is not None:
+        if "bias" not in parameters:
+            raise _inexpressible("a LoRA bias on a module that is saved without a bias", [name])
+        parameters["bias"] = parameters["bias"].float() + factors.bias.float() * factors.scaling
+    return SavedModule(parameters=parameters)
+
+
+def _biased(factors: LoraFactors) -> LoraFactors:
+    return replace(factors, bias=torch.zeros(factors.b.shape[0], dtype=factors.b.dtype))
+
+
+def _tied_rows(weights: AdapterWeights, head: str, layout: BaseLayout) -> bool:
+    """Whether PEFT gives ``head`` its rows unasked, because it shares the embedding's weight."""
+    return head in layout.tied and layout.tied[head] in weights.token_rows and _same_rows(weights, head)
+
+
+def _same_rows(weights: AdapterWeights, head: str) -> bool:
+    rows = [other for name, other in weights.token_rows.items() if name != head]
+    own = weights.token_rows[head]
+    return any(torch.equal(own.indices, o.indices) and torch.equal(own.rows, o.rows) for o in rows)
+
+
+def _other_ids(weights: AdapterWeights, head: str) -> bool:
+    own = weights.token_rows[head]
+    return all(not torch.equal(own.indices, o.indices) for n, o in weights.token_rows.items() if n != head)
+
+
+def _inexpressible(what: str, modules: list[str]) -> UnsupportedAdapter:
+    return UnsupportedAdapter(
+        f"PEFT's format cannot hold {what} ({listed(modules)}). Serve the combination at run time, or merge it "
+        "into a checkpoint.",
+        modules=modules,
+    )
 
 
 def _tensors(weights: AdapterWeights, layout: BaseLayout) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, f in weights.lora.items():
-        a, b = ("lora_embedding_A", "lora_embedding_B") if f.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
-        shape = layout.leaves[name].parameters["weight"]
-        kernel = shape[1:] if layout.leaves[name].kind == "conv" else ()
-        tensors[f"{PREFIX}{name}.{a}"] = f.a.reshape(f.rank, *kernel) if kernel else f.a
-        folded = f.b.float() * f.scaling
-        tensors[f"{PREFIX}{name}.{b}"] = folded.reshape(*folded.shape, *(1,) * (len(kernel) - 1)) if kernel else folded
-        if f.bias is not None:
-            tensors[f"{PREFIX}{name}.lora_B.bias"] = f.bias.float() * f.scaling
+    for name, factors in weights.lora.items():
+        tensors |= _factor_tensors(name, factors, layout)
     for name, module in weights.saved.items():
+        inner = ".base_layer" if name in weights.lora else ""
         for parameter, tensor in module.parameters.items():
-            tensors[f"{PREFIX}{name}.{parameter}"] = tensor
+            tensors[f"{name}{inner}.{parameter}"] = tensor
     for name, rows in weights.token_rows.items():
-        if name not in layout.tied:
-            tensors[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = rows.rows
+        if not _tied_rows(weights, name, layout):
+            tensors[f"{name}.token_adapter.trainable_tokens_delta"] = rows.rows
     for name, head in weights.heads.items():
-        tensors[f"{PREFIX}{name}.weight"] = head.weight
+        tensors[f"{name}.weight"] = head.weight
         if head.bias is not None:
-            tensors[f"{PREFIX}{name}.bias"] = head.bias
-    return {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
+            tensors[f"{name}.bias"] = head.bias
+    # safetensors refuses tensors that share memory, as those of tied modules may.
+    return {f"{PREFIX}{key}": tensor.clone().contiguous() for key, tensor in tensors.items()}
+
+
+def _factor_tensors(name: str, factors: LoraFactors, layout: BaseLayout) -> dict[str, Tensor]:
+    folded = factors.b.float() * factors.scaling
+    if factors.kind == "embedding":
+        return {f"{name}.lora_embedding_A": factors.a, f"{name}.lora_embedding_B": folded}
+    kernel = layout.leaves[name].parameters["weight"][2:]
+    found = {
+        f"{name}.lora_A.weight": factors.a.reshape(factors.rank, -1, *kernel),
+        f"{name}.lora_B.weight": folded.reshape(*folded.shape, *(1,) * len(kernel)),
+    }
+    if factors.bias is not None:
+        found[f"{name}.lora_B.bias"] = factors.bias.float() * factors.scaling
+    return found
 
 
 def _config(weights: AdapterWeights, layout: BaseLayout, base_name: str) -> dict[str, Any]:
-    ranks = {name: f.rank for name, f in weights.lora.items()}
+    ranks = {name: factors.rank for name, factors in weights.lora.items()}
     rank = max(ranks.values(), default=8)
     others = {re.escape(name): r for name, r in ranks.items() if r != rank}
-    is_biased = any(f.bias is not None for f in weights.lora.values())
+    # What is saved in part (biases alone) PEFT loads straight into the base's parameters, not as a module.
+    whole = [name for name, m in weights.saved.items() if set(m.parameters) == set(layout.leaves[name].parameters)]
+    indices = {
+        name: rows.indices.tolist()
+        for name, rows in weights.token_rows.items()
+        if not _tied_rows(weights, name, layout)
+    }
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if weights.heads else "CAUSAL_LM",
@@ -100,13 +166,10 @@ def _config(weights: AdapterWeights, layout: BaseLayout, base_name: str) -> dict
         "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "lora_bias": is_biased,
-        "target_modules": sorted(ranks),
-        "modules_to_save": [*sorted(weights.saved), *sorted(weights.heads)] or None,
-        "trainable_token_indices": {
-            name: rows.indices.tolist() for name, rows in weights.token_rows.items() if name not in layout.tied
-        }
-        or None,
+        "lora_bias": any(factors.bias is not None for factors in weights.lora.values()),
+        "target_modules": sorted(ranks) or NO_TARGETS,
+        "modules_to_save": [*sorted(whole), *sorted(weights.heads)] or None,
+        "trainable_token_indices": indices or None,
     }
 
 

@@ -24,6 +24,15 @@ def tail(spelled: str) -> str:
     return ".".join(parts[start:])
 
 
+def unwrapped(spelled: str) -> str:
+    """``spelled`` as the trained model itself named it: without wrappers and PEFT's ``base_model.model.``"""
+    parts = [part for part in spelled.split(".") if part not in _WRAPPERS]
+    start = 1 if parts[0] == "module" else 0
+    while parts[start : start + 2] == ["base_model", "model"]:
+        start += 2
+    return ".".join(parts[start:])
+
+
 def canonical(spelled: str) -> str:
     """The canonical name that ``spelled`` would have; whether the base has it is another question."""
     rest = tail(spelled)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_runtime.config import AdapterConfig
 from lora_runtime.errors import NonFiniteWeights, UnknownModules, UnsupportedAdapter
 from lora_runtime.layout import BaseLayout
-from lora_runtime.names import canonical, listed, nearest, shown, tail
+from lora_runtime.names import canonical, listed, nearest, shown, tail, unwrapped
 from lora_runtime.tensor_keys import TensorKey, parse_key
 from lora_runtime.weights import is_finite
 
@@ -24,7 +24,7 @@ _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 @dataclass(slots=True)
 class Placed:
-    """The file's tensors by what they are, under canonical names."""
+    """The file's tensors by what they are, under canonical names; ``spelled`` keeps the trained model's own."""
 
     a: dict[str, Tensor] = field(default_factory=dict)
     b: dict[str, Tensor] = field(default_factory=dict)
@@ -34,6 +34,7 @@ class Placed:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     heads: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    spelled: dict[str, str] = field(default_factory=dict)
 
     def factored(self) -> set[str]:
         """Leaves that have any LoRA tensor."""
@@ -120,6 +121,7 @@ def _exists(reading: TensorKey, layout: BaseLayout) -> bool:
 def _put(placed: Placed, reading: TensorKey, tensor: Tensor) -> bool:
     """False where the place is taken by another value. PEFT writes saved biases twice for ``bias="all"``."""
     name = canonical(reading.module)
+    placed.spelled[name] = unwrapped(reading.module)
     if reading.role == "parameter":
         known = placed.parameters.setdefault((name, reading.parameter), tensor)
         return known is tensor or torch.equal(known, tensor)

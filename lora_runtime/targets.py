@@ -48,15 +48,22 @@ class Matcher:
         self._left_s = MATCHING_BUDGET_S
         self._ties = self._tied_kind()
 
-    def targets(self, present: Iterable[str]) -> Targets:
+    def targets(self, present: Iterable[str], spelled: Mapping[str, str]) -> Targets:
         """The leaves that LoRA targets.
 
-        A config speaks the names of the release that trained it; the spelling under which its
-        patterns mean the leaves ``present`` in the file is the one.
+        A config speaks the names of the release that trained it. The right spelling is the one under
+        which its patterns mean the leaves ``present`` in the file, and, where several do, the one in
+        which the file itself names its modules (``spelled``, by canonical name).
         """
         wanted = set(present)
+
+        def misfit(spelling: int) -> tuple[int, int]:
+            choice = choices[spelling]
+            strange = sum(spellings(name)[spelling] != own for name, own in spelled.items())
+            return len(choice.required - wanted) + len(wanted - set(choice.keys)), strange
+
         choices = [self._targets(spelling) for spelling in range(NUM_SPELLINGS)]
-        return min(choices, key=lambda choice: len(choice.required - wanted) + len(wanted - set(choice.keys)))
+        return choices[min(range(NUM_SPELLINGS), key=misfit)]
 
     def rank_and_scaling(self, key: str) -> tuple[int, float]:
         """Rank and scaling of the module ``key``: alpha/r, or alpha/√r for rsLoRA (arXiv 2312.03732)."""

@@ -19,6 +19,8 @@ from lora_runtime.weights import AdapterWeights
 
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 316, 317, 318, 319
 VOCABULARY = 320
+ALWAYS_READ = (3, 70, 5)
+"""Tokens that every sample contains, so that training them shows."""
 
 ModelFactory = Callable[[], Qwen2VLForConditionalGeneration]
 
@@ -106,6 +108,7 @@ def sample_inputs(seed: int = 0, with_image: bool = True) -> dict[str, Tensor]:
     """One sequence of text around an image of 4 merged tokens (16 patches), or of text alone."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(2, 300, (12,), generator=generator)
+    text[[1, 4, 8]] = torch.tensor(ALWAYS_READ)
     if not with_image:
         return {"input_ids": text[None]}
     image = torch.tensor([VISION_START, *[IMAGE_TOKEN] * 4, VISION_END])
