@@ -1,0 +1,15 @@
+"""Where the built zoo lies. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ZOO = Path(__file__).parent / "data"
+BASE = ZOO / "base"
+BASE_NAME = "loom-zoo/base"
+"""What the adapters' configs call their base."""
+
+ADAPTER_NAMES = ("shape", "size", "fill", "letter", "french", "warmth")
+ADAPTERS = {name: ZOO / "adapters" / name for name in ADAPTER_NAMES}
+COMBINATIONS: dict[str, dict[str, float]] = {"shape+french": {"shape": 1.0, "french": 1.0}}
+"""Two skills at once: weights under which both are kept."""

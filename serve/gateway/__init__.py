@@ -1,0 +1,1 @@
+"""HTTP: OpenAI's API and Loom's own. This process never imports torch."""

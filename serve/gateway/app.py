@@ -1,0 +1,41 @@
+"""The gateway's ASGI application, from its collaborators. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from serve.gateway import adapters, chat, classify, completions, health
+from serve.gateway.errors import install_handlers
+from serve.gateway.generation import Services
+from serve.gateway.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from serve.schemas.common import ErrorBody
+
+DESCRIPTION = (
+    "OpenAI's API over one Qwen2-VL base, many adapters, and weighted combinations of them: "
+    "the model `shape:0.7+french:0.3` adds two adapters' changes to the base, weighted."
+)
+
+
+def create_app(services: Services, *, max_body_bytes: int, preload: Mapping[str, Path]) -> FastAPI:
+    """All routes over ``services``; start-up registers ``preload`` and follows the registry."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await services.catalog.start(preload)
+        yield
+        await services.catalog.stop()
+
+    refused = {status: {"model": ErrorBody} for status in (400, 404, 413, 429, 500, 503)}
+    app = FastAPI(
+        title="Loom", description=DESCRIPTION, version="1", lifespan=lifespan, redoc_url=None, responses={**refused}
+    )
+    for routes in (chat, completions, classify, adapters, health):
+        app.include_router(routes.router(services))
+    install_handlers(app)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=max_body_bytes)
+    app.add_middleware(RequestIdMiddleware)
+    return app

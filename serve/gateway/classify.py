@@ -1,0 +1,55 @@
+"""``POST /v1/classify``."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter, Request, Response
+
+from lora_runtime.engine.protocol import ClassifyRequest
+from lora_runtime.errors import LoomError
+from serve.gateway.errors import error_body
+from serve.gateway.generation import Services, total
+from serve.schemas.management import ClassifyAnswer, ClassifyBody, ClassifyResult, LabelScore
+
+ROUTE = "classify"
+
+
+def router(services: Services) -> APIRouter:
+    routes = APIRouter(tags=["Classification"])
+
+    @routes.post("/v1/classify", summary="Exact label probabilities from an adapter's classification head")
+    async def classify(body: ClassifyBody, request: Request, response: Response) -> ClassifyAnswer:
+        target = services.target(body)
+        call = ClassifyRequest(
+            request_id=request.state.request_id,
+            prompt=body.prompt(),
+            adapters=target.adapters,
+            head=body.head,
+            timeout_s=services.timeout_s,
+        )
+        begun, status = time.monotonic(), 200
+        try:
+            found = await services.engines.classify(call)
+        except LoomError as error:
+            status = error_body(error)[0]
+            raise
+        finally:
+            services.metrics.answered(ROUTE, len(target.adapters), status, time.monotonic() - begun)
+        services.metrics.used(found.usage)
+        response.headers["X-Model-Served"] = target.label
+        scores = [
+            LabelScore(label=label, probability=probability, logit=logit)
+            for label, probability, logit in zip(found.labels, found.probabilities, found.logits, strict=True)
+        ]
+        best = max(scores, key=lambda score: score.probability)
+        result = ClassifyResult(label=best.label, probability=best.probability, scores=scores)
+        return ClassifyAnswer(
+            id=f"classify-{call.request_id}",
+            created=int(time.time()),
+            model=target.label,
+            data=[result],
+            usage=total([found.usage]),
+        )
+
+    return routes

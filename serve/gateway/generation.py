@@ -1,0 +1,177 @@
+"""The road of one generating request: target → engine → first events → stream or whole answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from lora_runtime.engine.protocol import GenerateRequest, Prompt, Sampling, Token, TokenEvent, Usage
+from lora_runtime.errors import DeadlineExceeded, EngineFault, LoomError
+from serve.catalog import Catalog
+from serve.engine_client import EngineClient, Events
+from serve.gateway.errors import error_body
+from serve.schemas import common
+from serve.targets import Target, resolve
+from serve.telemetry import Metrics
+
+log = logging.getLogger(__name__)
+
+SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice as it grew."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What routes need; one per gateway process."""
+
+    catalog: Catalog
+    engines: EngineClient
+    metrics: Metrics
+    base_name: str
+    timeout_s: float
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def target(self, body: common.TargetedBody) -> Target:
+        """What the request means by its model. Raises CallerErrors."""
+        return resolve(body.model, body.members(), self.base_name, self.catalog.registered)
+
+    async def start(
+        self, route: str, request_id: str, target: Target, prompt: Prompt, sampling: Sampling
+    ) -> Generation:
+        """Send a request and wait for its first events, so that what goes wrong until then has a status code."""
+        request = GenerateRequest(
+            request_id=request_id,
+            prompt=prompt,
+            adapters=target.adapters,
+            sampling=sampling,
+            timeout_s=self.timeout_s,
+        )
+        generation = Generation(self, route, len(target.adapters), self.engines.generate(request))
+        await generation.wait_for_first()
+        return generation
+
+
+class Generation:
+    """Events of one request, with its measurements. Iterate once; closing it cancels the request."""
+
+    def __init__(self, services: Services, route: str, num_members: int, events: AsyncIterator[Events]) -> None:
+        self._services = services
+        self._route = route
+        self._num_members = num_members
+        self._events = events
+        self._first: Events = []
+        self._begun = time.monotonic()
+        self.usage = Usage(prompt_tokens=0, completion_tokens=0)
+
+    async def wait_for_first(self) -> None:
+        """Raises whatever the engine raises before its first events."""
+        try:
+            async with asyncio.timeout(self._services.timeout_s):
+                self._first = await anext(self._events)
+        except TimeoutError as error:
+            self._end(504)
+            raise DeadlineExceeded("The engine gave no answer in time.", retry_after_s=1) from error
+        except StopAsyncIteration as error:
+            self._end(500)
+            raise EngineFault("The engine ended the request without an answer.") from error
+        except LoomError as error:
+            self._end(error_body(error)[0])
+            raise
+        self._services.metrics.first_token(time.monotonic() - self._begun)
+
+    async def events(self) -> AsyncGenerator[TokenEvent, None]:
+        """All events in order. Raises LoomErrors; counts the request however it ends."""
+        status = 499
+        try:
+            for event in self._first:
+                yield self._seen(event)
+            async for events in self._events:
+                for event in events:
+                    yield self._seen(event)
+            status = 200
+        except LoomError as error:
+            status = error_body(error)[0]
+            raise
+        finally:
+            closing = getattr(self._events, "aclose", None)
+            if closing is not None:
+                await closing()
+            self._end(status)
+
+    async def whole(self) -> dict[int, Choice]:
+        """Every choice, complete."""
+        choices: dict[int, Choice] = {}
+        async with aclosing(self.events()) as events:
+            async for event in events:
+                choice = choices.setdefault(event.choice, Choice())
+                choice.text += event.text
+                choice.tokens += event.tokens
+                choice.finish_reason = event.finish_reason or choice.finish_reason
+        return dict(sorted(choices.items()))
+
+    def _seen(self, event: TokenEvent) -> TokenEvent:
+        if event.usage is not None:
+            self.usage = event.usage
+            self._services.metrics.used(event.usage)
+        return event
+
+    def _end(self, status: int) -> None:
+        seconds = time.monotonic() - self._begun
+        self._services.metrics.answered(self._route, self._num_members, status, seconds)
+
+
+def total(usages: Iterable[Usage]) -> common.Usage:
+    usages = list(usages)
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    completion = sum(usage.completion_tokens for usage in usages)
+    return common.Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+def event_stream(
+    generation: Generation,
+    opening: Iterable[BaseModel],
+    chunk: Callable[[TokenEvent], BaseModel],
+    closing: Callable[[common.Usage], BaseModel] | None,
+    headers: dict[str, str],
+) -> StreamingResponse:
+    """Server-sent events: ``opening`` chunks, one for each event, ``closing`` with the usage, ``[DONE]``.
+
+    An error after the first byte is an event of its own with OpenAI's error body, and ends the stream.
+    """
+
+    async def lines() -> AsyncIterator[str]:
+        for first in opening:
+            yield _line(first)
+        try:
+            async with aclosing(generation.events()) as events:
+                async for event in events:
+                    yield _line(chunk(event))
+        except LoomError as error:
+            log.error("a stream broke: %s", error.message)
+            yield f"event: error\ndata: {json.dumps(error_body(error)[1].model_dump())}\n\n"
+            return
+        if closing is not None:
+            yield _line(closing(total([generation.usage])))
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={**SSE_HEADERS, **headers})
+
+
+def _line(model: BaseModel) -> str:
+    return f"data: {model.model_dump_json()}\n\n"

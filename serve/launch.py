@@ -1,0 +1,77 @@
+"""Starting and stopping the whole service on this machine's Ray, or on a cluster it is given."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import ray
+from ray import serve as ray_serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+
+from serve.app import APP_NAME, application
+from serve.config import Settings
+
+OBJECT_STORE_BYTES = 200 << 20
+"""Ray's own default takes 30 % of memory; requests here carry a few images at most."""
+
+MESSAGE_BYTES = 256 << 20
+
+
+@contextmanager
+def running(settings: Settings, *, address: str | None = None) -> Iterator[str]:
+    """Deploy, wait until ready, give the base URL, take everything down again.
+
+    ``address`` is a Ray cluster to join; without one a local Ray is started and stopped.
+    """
+    _prepare_environment()
+    local = {"num_cpus": max(4, os.cpu_count() or 1), "object_store_memory": OBJECT_STORE_BYTES}
+    ray.init(
+        address=address,
+        include_dashboard=False if address is None else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        namespace="loom",
+        **({} if address else local),
+    )
+    try:
+        ray_serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(
+                host=settings.server.host,
+                port=settings.server.port,
+                request_timeout_s=settings.server.request_timeout_s,
+            ),
+        )
+        ray_serve.run(application(settings), name=APP_NAME, route_prefix="/", blocking=False)
+        yield f"http://{settings.server.host}:{settings.server.port}"
+    finally:
+        ray_serve.shutdown()
+        ray.shutdown()
+
+
+def wait_for_signal() -> None:
+    """Block until Ctrl-C or SIGTERM."""
+    stopped = threading.Event()
+
+    def stop(_: int, __: FrameType | None) -> None:
+        stopped.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    stopped.wait()
+
+
+def _prepare_environment() -> None:
+    """What Ray and transformers read from the environment, for this process and the ones it starts."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Requests carry images; Ray's default of 4 MB for messages between replicas is too small for them.
+    os.environ.setdefault("RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH", str(MESSAGE_BYTES))

@@ -1,0 +1,1 @@
+"""The registry: which adapters there are, in a database that outlives every process."""

@@ -1,0 +1,135 @@
+"""What a request means by its model: the base, an adapter, or a weighted combination.
+
+    target   := member ("+" member)*            base | shape | shape:0.7+french:0.3
+    member   := name ["@" version] [":" weight]  shape@3f9a12:0.5
+
+Names are letters, digits, ``.``, ``_`` and ``-``; a version is a prefix of the content's sha256; a weight
+is any finite number. The field ``adapters`` of a request says the same as a list.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_runtime.engine.protocol import AdapterRef
+from lora_runtime.errors import InvalidCombination, InvalidRequest, NotFound
+
+MAX_MEMBERS = 16
+MAX_WEIGHT = 1e4
+MAX_LENGTH = 2048
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# A weight may hold "+" in its exponent, so the string is read member by member, never split at "+".
+_MEMBER = re.compile(
+    r"\s*(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<version>[A-Za-z0-9._-]+))?"
+    r"(?:\s*:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:nan|inf(?:inity)?)))?\s*(?P<end>\+|$)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Member:
+    """One adapter as named by a request; ``version`` is a prefix or None."""
+
+    name: str
+    version: str | None = None
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        version = "" if self.version is None else f"@{self.version}"
+        return f"{self.name}{version}" if self.weight == 1.0 else f"{self.name}{version}:{self.weight!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """What the registry knows of an adapter that can be served."""
+
+    name: str
+    version: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a request resolved to. ``label`` is its canonical spelling; no ``adapters`` is the base."""
+
+    label: str
+    adapters: tuple[AdapterRef, ...]
+
+
+def parse(text: str) -> tuple[Member, ...]:
+    """Members of a model string other than the base's name. Raises InvalidRequest or InvalidCombination."""
+    if len(text) > MAX_LENGTH:
+        raise InvalidRequest(f"The model's name is longer than {MAX_LENGTH} characters.", param="model")
+    members: list[Member] = []
+    position = 0
+    while True:
+        match = _MEMBER.match(text, position)
+        if match is None:
+            raise InvalidRequest(
+                f"'{text[:200]}' is no model name: from character {position + 1} on it should read like "
+                "'name', 'name@version' or 'name:0.7', joined by '+'.",
+                param="model",
+            )
+        members.append(Member(match["name"], match["version"], float(match["weight"] or 1.0)))
+        position = match.end()
+        if not match["end"]:
+            return check_members(members)
+
+
+def check_members(members: Sequence[Member]) -> tuple[Member, ...]:
+    """Refuse repeated names, too many members and weights that are no sensible number; then drop zero weights."""
+    if len(members) > MAX_MEMBERS:
+        raise InvalidCombination(f"{len(members)} adapters in one combination; at most {MAX_MEMBERS} are allowed.")
+    seen: set[str] = set()
+    for member in members:
+        if not math.isfinite(member.weight) or abs(member.weight) > MAX_WEIGHT:
+            raise InvalidCombination(
+                f"The weight of '{member.name}' is {member.weight}; it must be a finite number of at most {MAX_WEIGHT:g}.",
+                param="model",
+            )
+        if member.name in seen:
+            raise InvalidCombination(f"'{member.name}' is named twice; add its weights up.", param="model")
+        seen.add(member.name)
+    return tuple(member for member in members if member.weight != 0.0)
+
+
+def canonical(members: Sequence[Member]) -> str:
+    """The one spelling of a combination: members sorted, weights in their shortest exact form."""
+    return "+".join(str(member) for member in sorted(members, key=lambda m: (m.name, m.version or "")))
+
+
+def resolve(
+    model: str | None, fields: Sequence[Member] | None, base: str, registered: Mapping[str, Registered]
+) -> Target:
+    """The target of a request's ``model`` and ``adapters``. Raises NotFound naming near ones."""
+    if fields is not None:
+        if model is not None and model.strip() != base:
+            raise InvalidRequest(
+                f"With 'adapters', 'model' must be the base '{base}' or be left out.", param="model"
+            )
+        members = check_members(fields)
+    elif model is None:
+        raise InvalidRequest("Name a model, or list 'adapters'.", param="model")
+    else:
+        members = () if model.strip() == base else parse(model)
+    refs = tuple(_ref(member, base, registered) for member in members)
+    return Target(canonical(members) or base, refs)
+
+
+def _ref(member: Member, base: str, registered: Mapping[str, Registered]) -> AdapterRef:
+    found = registered.get(member.name)
+    if found is None:
+        near = difflib.get_close_matches(member.name, [base, *registered], n=3, cutoff=0.5)
+        hint = f" Did you mean {', '.join(near)}?" if near else " GET /v1/models lists them."
+        raise NotFound(f"There is no model or adapter '{member.name}'.{hint}", param="model", near=near)
+    if member.version is not None and not found.version.startswith(member.version):
+        raise NotFound(
+            f"'{member.name}' has no version '{member.version}'; it is at {found.version[:12]}.",
+            param="model",
+            near=[f"{member.name}@{found.version[:12]}"],
+        )
+    return AdapterRef(version=found.version, path=found.path, name=found.name, weight=member.weight)
