@@ -58,7 +58,10 @@ class Gateway:
             timeout_s=settings.server.request_timeout_s,
         )
         return create_app(
-            services, max_body_bytes=settings.server.max_body_bytes, preload=settings.adapters.preload
+            services,
+            max_body_bytes=settings.server.max_body_bytes,
+            preload=settings.adapters.preload,
+            behind_proxy=True,
         )
 
 

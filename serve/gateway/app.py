@@ -20,8 +20,13 @@ DESCRIPTION = (
 )
 
 
-def create_app(services: Services, *, max_body_bytes: int, preload: Mapping[str, Path]) -> FastAPI:
-    """All routes over ``services``; start-up registers ``preload`` and follows the registry."""
+def create_app(
+    services: Services, *, max_body_bytes: int, preload: Mapping[str, Path], behind_proxy: bool = False
+) -> FastAPI:
+    """All routes over ``services``; start-up registers ``preload`` and follows the registry.
+
+    ``behind_proxy``: Ray Serve's proxy stands in front and puts request ids on answers.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -37,5 +42,5 @@ def create_app(services: Services, *, max_body_bytes: int, preload: Mapping[str,
         app.include_router(routes.router(services))
     install_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=max_body_bytes)
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RequestIdMiddleware, echo=not behind_proxy)
     return app

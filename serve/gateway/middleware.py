@@ -15,10 +15,12 @@ _SOUND_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestIdMiddleware:
-    """Takes a sound ``X-Request-Id`` or makes one; the answer always carries it."""
+    """Takes a sound ``X-Request-Id`` or makes one. ``echo`` puts it on the answer, which Ray Serve's proxy
+    does by itself: behind it, a second one would be wrong."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, echo: bool) -> None:
         self._app = app
+        self._echo = echo
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,7 +34,7 @@ class RequestIdMiddleware:
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        await self._app(scope, receive, send_with_id if self._echo else send)
 
 
 class BodyLimitMiddleware:

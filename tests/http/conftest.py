@@ -1,0 +1,48 @@
+"""One service on the fake engine for everything about HTTP itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.served import Served, served
+
+
+@pytest.fixture(scope="session")
+def adapter_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("adapters")
+    for name in ("french", "shape", "animals"):
+        (root / name).mkdir()
+        (root / name / "adapter_config.json").write_text(json.dumps({"name": name, "head": name == "animals"}))
+    return root
+
+
+@pytest.fixture(scope="session")
+def fake(tmp_path_factory: pytest.TempPathFactory, adapter_root: Path) -> Iterator[Served]:
+    settings = {
+        "base": {"name": "base"},
+        "engine": {"kind": "fake", "options": {"token_s": 0.01, "max_running": 12, "max_model_len": 500}},
+        "adapters": {
+            "roots": [str(adapter_root)],
+            "preload": {name: str(adapter_root / name) for name in ("french", "shape", "animals")},
+        },
+        "engines": {"max_ongoing_requests": 14, "max_queued_requests": 4, "num_cpus": 0.5},
+    }
+    with served(tmp_path_factory.mktemp("fake"), settings) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def http(fake: Served) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=fake.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def client(fake: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{fake.url}/v1", api_key="unused", max_retries=0)

@@ -1,0 +1,79 @@
+"""A real `loom serve` in a process of its own, for tests that speak HTTP."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+START_TIMEOUT_S = 150
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running service. ``log`` holds what it printed."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def family(self) -> list[psutil.Process]:
+        """The process and everything it started."""
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def served(folder: Path, settings: dict[str, Any]) -> Iterator[Served]:
+    """Start `loom serve` with ``settings`` and state in ``folder``; stop it with SIGINT, as Ctrl-C does."""
+    port = free_port()
+    settings = {"state_dir": str(folder / "state"), **settings}
+    settings["server"] = {"port": port, **settings.get("server", {})}
+    config, log = folder / "loom.yaml", folder / "serve.log"
+    config.write_text(yaml.safe_dump(settings))
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serve.cli", "serve", "--config", str(config)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "COLUMNS": "200"},
+            start_new_session=True,
+        )
+    running = Served(f"http://127.0.0.1:{port}", process, log)
+    try:
+        _wait_until_ready(running)
+        yield running
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=90)
+
+
+def _wait_until_ready(running: Served) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if running.process.poll() is not None:
+            raise RuntimeError(f"loom serve ended: {running.log.read_text()}")
+        if "Ready" in running.log.read_text():
+            httpx.get(f"{running.url}/readyz", timeout=30).raise_for_status()
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"loom serve did not become ready: {running.log.read_text()}")
