@@ -18,7 +18,7 @@ from lora_runtime.errors import MissingTensors, ShapeMismatch, UnknownModules, U
 from lora_runtime.folder import TENSORS_NAME, fingerprint, read_labels, read_tensors
 from lora_runtime.layout import BaseLayout
 from lora_runtime.names import canonical, listed, nearest, shown, spellings, tail
-from lora_runtime.placement import CLASSIFIER_NAMES, Placed, place
+from lora_runtime.placement import CLASSIFIER_NAMES, MAX_EXPLAINED, Placed, place
 from lora_runtime.targets import Matcher, Targets
 from lora_runtime.weights import AdapterWeights, Head, LoraFactors, SavedModule, TokenRows
 
@@ -89,34 +89,29 @@ class _Reading:
         if isinstance(wanted, str):
             means = bool(self._targets.keys or self._targets.refused) or wanted == NO_TARGETS
             return {} if means else {wanted: nearest(canonical(wanted), self._layout.leaves)}
-        unknown = {}
-        for name in wanted or ():
-            if tail(name) in CLASSIFIER_NAMES:
-                continue  # "all-linear" lists a classifier's head too, which is saved and never targeted
-            found = [leaf for leaf in self._layout.leaves if _is_named(leaf, name)]
-            if not any(self._layout.leaves[leaf].kind != "norm" for leaf in found):
-                unknown[name] = self._near(name)
-        return unknown
+        leaves = self._layout.leaves
+        known = {end for leaf in leaves if leaves[leaf].kind != "norm" for end in _ends(leaf)}
+        # "all-linear" lists a classifier's head too, which is saved and never targeted.
+        unknown = [name for name in wanted or () if name not in known and tail(name) not in CLASSIFIER_NAMES]
+        return self._explained(unknown)
 
     def _unknown_saved(self) -> dict[str, list[str]]:
-        heads = {name for name, _ in self._placed.heads}
-        return {
-            name: self._near(name)
-            for name in self._matcher.saved_names()
-            if tail(name) not in heads and tail(name) not in CLASSIFIER_NAMES and not self._matcher.saved_leaves(name)
-        }
+        known = {name for name, _ in self._placed.heads} | set(CLASSIFIER_NAMES)
+        names = [name for name in self._matcher.saved_names() if tail(name) not in known]
+        return self._explained([name for name in names if not self._matcher.saved_leaves(name)])
 
     def _unknown_tokens(self) -> dict[str, list[str]]:
-        return {
-            name: self._near(name)
-            for name in self._config.token_indices(self._layout.embedding)
-            if not self._token_leaves(name)
-        }
+        names = self._config.token_indices(self._layout.embedding)
+        return self._explained([name for name in names if not self._token_leaves(name)])
+
+    def _explained(self, names: list[str]) -> dict[str, list[str]]:
+        """Unknown names with near ones, for as many as a message shows."""
+        return {name: self._near(name) if i < MAX_EXPLAINED else [] for i, name in enumerate(names)}
 
     def _near(self, name: str) -> list[str]:
         """The leaves inside the module of that name, else the leaves with the closest names."""
-        roots = tuple(f"{c}." for c in self._layout.containers if _is_named(c, name))
-        inside = [leaf for leaf in self._layout.leaves if roots and leaf.startswith(roots)]
+        roots = tuple(f"{c}." for c in self._layout.containers if name in _ends(c))
+        inside = [leaf for leaf in self._layout.leaves if leaf.startswith(roots)]
         return inside[:4] or nearest(canonical(name), self._layout.leaves)
 
     def _token_leaves(self, name: str) -> list[str]:
@@ -292,8 +287,9 @@ class _Reading:
         return found
 
 
-def _is_named(name: str, wanted: str) -> bool:
-    return any(key == wanted or key.endswith(f".{wanted}") for key in spellings(name))
+def _ends(name: str) -> set[str]:
+    """What a list of module names may call ``name``: any of its spellings from any of their parts on."""
+    return {key[at:] for key in spellings(name) for at in range(len(key)) if at == 0 or key[at - 1] == "."}
 
 
 def _wrong(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> str:

@@ -16,6 +16,7 @@ from lora_runtime.names import shown
 Name = Annotated[str, Field(min_length=1, max_length=1 << 16)]
 Rank = Annotated[int, Field(ge=1, le=1 << 16)]
 Alpha = Annotated[float, Field(allow_inf_nan=False)]
+Names = Annotated[list[Name], Field(max_length=1 << 13)]
 Index = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 NO_TARGETS = "dummy-target-modules"
@@ -59,13 +60,13 @@ class AdapterConfig(BaseModel):
     r: Rank = 8
     lora_alpha: Alpha = 8
     use_rslora: bool = False
-    rank_pattern: dict[Name, Rank] = Field(default_factory=dict)
-    alpha_pattern: dict[Name, Alpha] = Field(default_factory=dict)
-    target_modules: list[Name] | str | None = None
-    exclude_modules: list[Name] | str | None = None
+    rank_pattern: dict[Name, Rank] = Field(default_factory=dict, max_length=1 << 13)
+    alpha_pattern: dict[Name, Alpha] = Field(default_factory=dict, max_length=1 << 13)
+    target_modules: Names | str | None = None
+    exclude_modules: Names | str | None = None
     layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[Name] | str | None = None
-    modules_to_save: list[Name] | None = None
+    layers_pattern: Names | str | None = None
+    modules_to_save: Names | None = None
     trainable_token_indices: list[Index] | dict[Name, list[Index]] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False

@@ -19,7 +19,7 @@ from lora_runtime.folder import CONFIG_NAME
 from lora_runtime.layout import BaseLayout
 from lora_runtime.names import NUM_SPELLINGS, shown, spellings
 
-MATCHING_BUDGET_S = 5.0
+MATCHING_BUDGET_S = 2.0
 """For all patterns of one adapter on all modules; honest ones take milliseconds."""
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -46,6 +46,9 @@ class Matcher:
         self._config = config
         self._layout = layout
         self._left_s = MATCHING_BUDGET_S
+        self._compiled: dict[str, regex.Pattern[str]] = {}
+        self._saved: dict[str, set[str]] = {}
+        self._ranks: dict[str, tuple[int, float]] = {}
         self._ties = self._tied_kind()
 
     def targets(self, present: Iterable[str], spelled: Mapping[str, str]) -> Targets:
@@ -67,6 +70,11 @@ class Matcher:
 
     def rank_and_scaling(self, key: str) -> tuple[int, float]:
         """Rank and scaling of the module ``key``: alpha/r, or alpha/√r for rsLoRA (arXiv 2312.03732)."""
+        if key not in self._ranks:
+            self._ranks[key] = self._rank_and_scaling(key)
+        return self._ranks[key]
+
+    def _rank_and_scaling(self, key: str) -> tuple[int, float]:
         config = self._config
         rank = config.rank_pattern.get(self._pattern_key(config.rank_pattern, key), config.r)
         alpha = config.alpha_pattern.get(self._pattern_key(config.alpha_pattern, key), config.lora_alpha)
@@ -75,8 +83,11 @@ class Matcher:
     def saved_leaves(self, wanted: str) -> set[str]:
         """Leaves in the modules that ``wanted`` of ``modules_to_save`` means. PEFT matches by bare suffix."""
         layout = self._layout
-        roots = tuple(name for name in (*layout.leaves, *layout.containers) if _ends(name, wanted))
-        return {leaf for leaf in layout.leaves if any(leaf == root or leaf.startswith(f"{root}.") for root in roots)}
+        if wanted not in self._saved:
+            roots = [name for name in (*layout.leaves, *layout.containers) if _ends(name, wanted)]
+            inside = tuple(f"{root}." for root in roots)
+            self._saved[wanted] = {leaf for leaf in layout.leaves if f"{leaf}.".startswith(inside)}
+        return self._saved[wanted]
 
     def saved_names(self) -> tuple[str, ...]:
         """``modules_to_save``, with the input embedding where ``ensure_weight_tying`` adds it."""
@@ -136,7 +147,9 @@ class Matcher:
         return any(key == name or key.endswith(f".{name}") for name in names or ())
 
     def _is_saved(self, key: str) -> bool:
-        return any(self._matches(rf"(^|.*\.){name}($|\..*)", key) for name in self.saved_names())
+        return any(
+            self._matches(rf"(^|.*\.){name}($|\..*)", key) for name in self.saved_names() if _may_match(name, key)
+        )
 
     def _is_in_layers(self, key: str) -> bool:
         wanted = self._config.layers_to_transform
@@ -172,8 +185,10 @@ class Matcher:
     def _match(self, pattern: str, key: str, *, whole: bool = False) -> regex.Match[str] | None:
         start = time.monotonic()
         try:
-            match = regex.fullmatch if whole else regex.match
-            return match(pattern, key, timeout=max(self._left_s, 1e-3))
+            compiled = self._compiled.get(pattern) or regex.compile(pattern)
+            self._compiled[pattern] = compiled
+            match = compiled.fullmatch if whole else compiled.match
+            return match(key, timeout=max(self._left_s, 1e-3))
         except TimeoutError as error:
             raise MalformedAdapter(
                 f"{CONFIG_NAME}: the pattern '{shown(pattern)}' takes too long to match; write it without nested "
@@ -183,6 +198,13 @@ class Matcher:
             raise MalformedAdapter(f"{CONFIG_NAME}: '{shown(pattern)}' is no pattern ({error}).") from error
         finally:
             self._left_s -= time.monotonic() - start
+
+
+def _may_match(pattern: str, key: str) -> bool:
+    """False where a plain name of modules has a part that ``key`` lacks: cheaper than asking the pattern itself."""
+    if not pattern.replace(".", "").replace("_", "").isalnum():
+        return True
+    return all(part in key for part in pattern.split("."))
 
 
 def _ends(name: str, wanted: str) -> bool:
