@@ -1,0 +1,48 @@
+"""The configuration: file, environment, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from serve.config import ConfigurationError, load_settings
+
+
+def test_the_defaults_serve_the_demo():
+    settings = load_settings()
+    assert settings.base.path.name == "base"
+    assert settings.registry_url.startswith("sqlite:///")
+    assert set(settings.adapters.preload) >= {"shape", "french"}
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "loom.yaml"
+    file.write_text("server: {port: 1234, host: 0.0.0.0}\nengine: {options: {max_slots: 3}}")
+    monkeypatch.setenv("LOOM_SERVER__PORT", "4321")
+    settings = load_settings(file)
+    assert (settings.server.port, settings.server.host) == (4321, "0.0.0.0")
+    assert settings.engine.options == {"max_slots": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("server: {prot: 1}", "server.prot"),
+        ("server: {port: 99999}", "server.port"),
+        ("nonsense: 1", "nonsense"),
+        ("engine: {kind: magic}", "engine.kind"),
+        ("[1, 2]", "mapping"),
+        ("a: [", "YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, content, words):
+    file = tmp_path / "loom.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigurationError, match=words):
+        load_settings(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        load_settings(tmp_path / "none.yaml")
