@@ -1,0 +1,34 @@
+"""Ctrl-C leaves nothing behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.served import served
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_no_process_outlives_the_service(tmp_path: Path, how: signal.Signals):
+    settings = {"engine": {"kind": "fake"}, "adapters": {"roots": [], "preload": {}}}
+    with served(tmp_path, settings) as running:
+        assert httpx.get(f"{running.url}/healthz").status_code == 200
+        family = running.family()
+        assert len(family) > 3
+        running.process.send_signal(how)
+        running.process.wait(timeout=60)
+        assert running.process.returncode == 0
+        deadline = time.monotonic() + 15
+        while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family):
+            assert time.monotonic() < deadline, [p for p in family if p.is_running()]
+            time.sleep(0.2)
+
+
+def test_a_configuration_that_cannot_be_used_ends_with_one_clear_message(tmp_path: Path):
+    with pytest.raises(RuntimeError, match=r"engine\.kind"), served(tmp_path, {"engine": {"kind": "magic"}}):
+        raise AssertionError("it started")
