@@ -13,10 +13,13 @@ from lora_runtime.errors import MalformedAdapter, UnsupportedAdapter
 from lora_runtime.folder import CONFIG_NAME, read_json
 from lora_runtime.names import shown
 
+MAX_NAMES = 1 << 12
+"""Longer lists than any base has modules for; matching them would only take time."""
+
 Name = Annotated[str, Field(min_length=1, max_length=1 << 16)]
 Rank = Annotated[int, Field(ge=1, le=1 << 16)]
 Alpha = Annotated[float, Field(allow_inf_nan=False)]
-Names = Annotated[list[Name], Field(max_length=1 << 13)]
+Names = Annotated[list[Name], Field(max_length=MAX_NAMES)]
 Index = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 NO_TARGETS = "dummy-target-modules"
@@ -60,14 +63,14 @@ class AdapterConfig(BaseModel):
     r: Rank = 8
     lora_alpha: Alpha = 8
     use_rslora: bool = False
-    rank_pattern: dict[Name, Rank] = Field(default_factory=dict, max_length=1 << 13)
-    alpha_pattern: dict[Name, Alpha] = Field(default_factory=dict, max_length=1 << 13)
+    rank_pattern: dict[Name, Rank] = Field(default_factory=dict, max_length=MAX_NAMES)
+    alpha_pattern: dict[Name, Alpha] = Field(default_factory=dict, max_length=MAX_NAMES)
     target_modules: Names | str | None = None
     exclude_modules: Names | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: Names | str | None = None
     modules_to_save: Names | None = None
-    trainable_token_indices: list[Index] | dict[Name, list[Index]] | None = None
+    trainable_token_indices: list[Index] | Annotated[dict[Name, list[Index]], Field(max_length=16)] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     init_lora_weights: bool | str | None = True

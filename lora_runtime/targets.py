@@ -19,7 +19,7 @@ from lora_runtime.folder import CONFIG_NAME
 from lora_runtime.layout import BaseLayout
 from lora_runtime.names import NUM_SPELLINGS, shown, spellings
 
-MATCHING_BUDGET_S = 2.0
+MATCHING_BUDGET_S = 5.0
 """For all patterns of one adapter on all modules; honest ones take milliseconds."""
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
