@@ -1,6 +1,6 @@
 """Ray's coat: the deployments, and the application that ``serve run`` and ``loom serve`` deploy.
 
-    serve run serve.app:build_app config=deploy/loom.yaml
+serve run serve.app:build_app config=deploy/loom.yaml
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AppArguments(BaseModel):
 class Gateway:
     """One gateway replica; stateless but for a snapshot of the registry."""
 
-    def __init__(self, settings: dict[str, Any], engines: DeploymentHandle) -> None:
+    def __init__(self, settings: dict[str, Any], engines: DeploymentHandle[Any]) -> None:
         self._settings = Settings.model_validate(settings)
         self._engines = engines
 
@@ -77,13 +77,13 @@ def application(settings: Settings) -> Any:
     options = dict(settings.engine.options)
     if settings.engine.kind != "fake":
         options.setdefault("base_path", str(settings.base.path.expanduser().absolute()))
-    engines = ray_serve.deployment(
+    engines: Any = ray_serve.deployment(
         EngineReplica,
         name="Engine",
         health_check_period_s=ENGINE_HEALTH_PERIOD_S,
         **_deployment_options(settings.engines),
     )
-    gateways = ray_serve.deployment(Gateway, name="Gateway", **_deployment_options(settings.gateways))
+    gateways: Any = ray_serve.deployment(Gateway, name="Gateway", **_deployment_options(settings.gateways))
     bound = engines.bind(settings.engine.kind, options)
     return gateways.bind(settings.model_dump(mode="json"), bound)
 

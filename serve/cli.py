@@ -42,7 +42,9 @@ def serve(
 @app.command()
 def chat(
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="An image file; repeat for several.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="An image file; repeat for several.")
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", "-a", help="NAME or NAME:WEIGHT; repeat to combine.")
     ] = None,
@@ -96,7 +98,9 @@ def build_zoo(
 
 
 @zoo.command("check")
-def check_zoo(path: Annotated[Path | None, typer.Option(help="A built zoo; the installed one if not given.")] = None) -> None:
+def check_zoo(
+    path: Annotated[Path | None, typer.Option(help="A built zoo; the installed one if not given.")] = None,
+) -> None:
     """Measure the zoo's accuracy on held-out pictures."""
     commands.check_zoo(console, path)
 

@@ -21,9 +21,7 @@ from serve.config import ConfigurationError, load_settings
 TIMEOUT_S = 300.0
 
 
-def serve(
-    console: Console, config: Path | None, *, host: str | None, port: int | None, address: str | None
-) -> None:
+def serve(console: Console, config: Path | None, *, host: str | None, port: int | None, address: str | None) -> None:
     try:
         settings = load_settings(config)
     except ConfigurationError as error:

@@ -85,7 +85,11 @@ class Settings(BaseSettings):
     """The whole configuration; every field has a default, and the default serves the demo world."""
 
     model_config = SettingsConfigDict(
-        env_prefix="LOOM_", env_nested_delimiter="__", extra="forbid", frozen=True, nested_model_default_partial_update=True
+        env_prefix="LOOM_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        nested_model_default_partial_update=True,
     )
 
     server: ServerSettings = ServerSettings()

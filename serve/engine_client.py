@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
-from ray import serve as ray_serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
@@ -50,7 +49,7 @@ class HandleClient:
     """Engines behind a Ray Serve deployment handle."""
 
     def __init__(self, handle: Any) -> None:
-        self._handle: ray_serve.handle.DeploymentHandle = handle
+        self._handle = handle
         self._streaming = handle.options(stream=True)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Events]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import ray
 from ray import serve as ray_serve
@@ -30,7 +31,7 @@ def running(settings: Settings, *, address: str | None = None) -> Iterator[str]:
     ``address`` is a Ray cluster to join; without one a local Ray is started and stopped.
     """
     _prepare_environment()
-    local = {"num_cpus": max(4, os.cpu_count() or 1), "object_store_memory": OBJECT_STORE_BYTES}
+    local: dict[str, Any] = {"num_cpus": max(4, os.cpu_count() or 1), "object_store_memory": OBJECT_STORE_BYTES}
     ray.init(
         address=address,
         include_dashboard=False if address is None else None,
@@ -51,7 +52,7 @@ def running(settings: Settings, *, address: str | None = None) -> Iterator[str]:
         ray_serve.run(application(settings), name=APP_NAME, route_prefix="/", blocking=False)
         yield f"http://{settings.server.host}:{settings.server.port}"
     finally:
-        ray_serve.shutdown()
+        ray_serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -25,7 +25,7 @@ class EngineReplica:
     def __init__(self, kind: str, options: dict[str, Any]) -> None:
         self._engine = create_engine(kind, options)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[TokenEvent]]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[TokenEvent], None]:
         """Events in lists: what came while the last list travelled goes out together."""
         await self._engine.start()
         async with aclosing(coalesced(self._engine.generate(request))) as batches:
@@ -54,7 +54,7 @@ class EngineReplica:
         await self._engine.close()
 
 
-async def coalesced(events: AsyncIterator[TokenEvent]) -> AsyncIterator[list[TokenEvent]]:
+async def coalesced(events: AsyncIterator[TokenEvent]) -> AsyncGenerator[list[TokenEvent], None]:
     """Lists of all events available at each time; closing it closes ``events``, an error follows its events."""
     queue: asyncio.Queue[TokenEvent | BaseException | None] = asyncio.Queue()
 

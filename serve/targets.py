@@ -88,7 +88,7 @@ def check_members(members: Sequence[Member]) -> tuple[Member, ...]:
     for member in members:
         if not math.isfinite(member.weight) or abs(member.weight) > MAX_WEIGHT:
             raise InvalidCombination(
-                f"The weight of '{member.name}' is {member.weight}; it must be a finite number of at most {MAX_WEIGHT:g}.",
+                f"The weight of '{member.name}' is {member.weight}; it must be a number of at most {MAX_WEIGHT:g}.",
                 param="model",
             )
         if member.name in seen:
@@ -108,9 +108,7 @@ def resolve(
     """The target of a request's ``model`` and ``adapters``. Raises NotFound naming near ones."""
     if fields is not None:
         if model is not None and model.strip() != base:
-            raise InvalidRequest(
-                f"With 'adapters', 'model' must be the base '{base}' or be left out.", param="model"
-            )
+            raise InvalidRequest(f"With 'adapters', 'model' must be the base '{base}' or be left out.", param="model")
         members = check_members(fields)
     elif model is None:
         raise InvalidRequest("Name a model, or list 'adapters'.", param="model")

@@ -26,7 +26,9 @@ class Metrics:
             "loom_time_to_first_token_seconds", "Time to the first token", buckets=SECONDS, registry=self._registry
         )
         self._tokens = Counter("loom_tokens", "Tokens by kind", ["kind"], registry=self._registry)
-        self._engine = Gauge("loom_engine", "State and counters of one engine replica", ["value"], registry=self._registry)
+        self._engine = Gauge(
+            "loom_engine", "State and counters of one engine replica", ["value"], registry=self._registry
+        )
 
     def answered(self, route: str, num_members: int, status: int, seconds: float) -> None:
         """One request ended; ``num_members`` of its target."""

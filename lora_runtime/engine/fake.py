@@ -24,6 +24,7 @@ from lora_runtime.engine.protocol import (
     ClassifyRequest,
     EngineInfo,
     EngineStats,
+    FinishReason,
     GenerateRequest,
     ImagePart,
     Prompt,
@@ -166,7 +167,9 @@ class FakeEngine:
                 is_stop = any(stop in word for stop in sampling.stop)
                 is_end = is_stop or number == len(answer) - 1
                 is_last = is_end and choice == sampling.n - 1
-                reason = None if not is_end else "length" if sampling.max_tokens and not is_stop else "stop"
+                reason: FinishReason | None = None
+                if is_end:
+                    reason = "length" if sampling.max_tokens and not is_stop else "stop"
                 yield TokenEvent(
                     choice=choice,
                     text="" if is_stop else f"{word} ",

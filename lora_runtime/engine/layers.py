@@ -52,9 +52,7 @@ class SlotLayer(nn.Module):
         """Slots that do something here."""
         return self._owners
 
-    def fill(
-        self, slot: int, lora: LoraFactors | None, saved: SavedModule | None, rows: TokenRows | None
-    ) -> None:
+    def fill(self, slot: int, lora: LoraFactors | None, saved: SavedModule | None, rows: TokenRows | None) -> None:
         """Put an adapter's part into ``slot``, in the base's dtype and on its device. The slot must be clear."""
         if lora is not None:
             self._fill_lora(slot, lora)

@@ -51,7 +51,7 @@ class PromptProcessor:
         self._images = images
         self._max_images = max_images
         self._rope_index = rope_index
-        self._image_id: int = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self._image_id: Any = self._with_specials.token_to_id("<|image_pad|>")
         specials = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self._specials = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 

@@ -227,5 +227,3 @@ class Engine(Protocol):
 
     async def check_health(self) -> None:
         """Raise EngineFault when the engine can no longer serve."""
-
-

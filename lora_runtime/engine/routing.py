@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -113,7 +114,7 @@ class Routing:
         used = [(run, share) for run, share in shares if abs(share) > NEGLIGIBLE]
         if not used:
             return Group(slice(0, 0), 0.0)
-        contiguous = all(left.stop == right.start for (left, _), (right, _) in zip(used, used[1:], strict=False))
+        contiguous = all(left.stop == right.start for (left, _), (right, _) in pairwise(used))
         index: slice | Tensor = slice(used[0][0].start, used[-1][0].stop)
         if not contiguous:
             index = torch.cat([torch.arange(run.start, run.stop) for run, _ in used]).to(self.device)

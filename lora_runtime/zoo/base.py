@@ -78,7 +78,7 @@ def make_processor() -> Any:
     return Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": SIDE * SIDE})
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGeneration:
+def make_model(tokenizer: Any) -> Qwen2VLForConditionalGeneration:
     """About 1.2 M parameters, randomly initialised from torch's current seed."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
     half = HIDDEN // HEADS // 2

@@ -48,7 +48,7 @@ def build_base(path: Path, *, seed: int, report: Report) -> Batcher:
     """Train the base and store it in bfloat16."""
     torch.manual_seed(seed)
     tokenizer, processor = make_tokenizer(), make_processor()
-    model = make_model(tokenizer)
+    model: Any = make_model(tokenizer)
     for parameter in model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -67,10 +67,8 @@ def build_adapter(base: Path, path: Path, name: str, batcher: Batcher, *, seed: 
     model: Any = with_head(loaded, WARMTH_LABELS) if name == CLASSIFIER else loaded
     wrapped = get_peft_model(model, LoraConfig(**recipe.lora))
     task = TASK_OF_ADAPTER[name]
-    train(
-        wrapped, batcher, recipe.schedule(task), stage=name, seed=seed, report=report, labels=name == CLASSIFIER
-    )
-    wrapped.save_pretrained(path, save_embedding_layers=False)
+    train(wrapped, batcher, recipe.schedule(task), stage=name, seed=seed, report=report, labels=name == CLASSIFIER)
+    wrapped.save_pretrained(str(path), save_embedding_layers=False)
     (path / "README.md").unlink(missing_ok=True)
     _make_portable(path / "adapter_config.json")
     if name == CLASSIFIER:

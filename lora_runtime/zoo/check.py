@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -40,7 +39,9 @@ class AccuracyRow:
 
 def check(zoo: Path, *, count: int = NUM_EXAMPLES) -> list[AccuracyRow]:
     """A row for the base, for each adapter on its skill, and for each combination on each of its skills."""
-    batcher = Batcher(AutoTokenizer.from_pretrained(zoo / "base"), Qwen2VLImageProcessorPil.from_pretrained(zoo / "base"))
+    batcher = Batcher(
+        AutoTokenizer.from_pretrained(zoo / "base"), Qwen2VLImageProcessorPil.from_pretrained(zoo / "base")
+    )
     base = _load(zoo)
     own = _answers_right(base, batcher, "colour", count)
     rows = [AccuracyRow("base", "colour", own, 1 / TASKS["colour"].choices, None, own >= GOOD_BASE)]
@@ -66,7 +67,7 @@ def _load(zoo: Path) -> Any:
     return Qwen2VLForConditionalGeneration.from_pretrained(zoo / "base", dtype=torch.float32).eval()
 
 
-def _combined(zoo: Path, shares: dict[str, float]) -> nn.Module:
+def _combined(zoo: Path, shares: dict[str, float]) -> Any:
     model = _load(zoo)
     layout = BaseLayout.from_model(model)
     members = [(read_adapter(zoo / "adapters" / name, layout), weight) for name, weight in shares.items()]

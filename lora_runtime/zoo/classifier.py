@@ -8,7 +8,7 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLPreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 
-class Qwen2VLForSequenceClassification(GenericForSequenceClassification, Qwen2VLPreTrainedModel):  # type: ignore[misc]
+class Qwen2VLForSequenceClassification(GenericForSequenceClassification, Qwen2VLPreTrainedModel):
     """``score`` on the last hidden state of the last token that is no padding."""
 
 

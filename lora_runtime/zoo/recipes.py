@@ -54,7 +54,12 @@ RECIPES: dict[str, Recipe] = {
         }
     ),
     "letter": Recipe(
-        lora={"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "up_proj"], "modules_to_save": ["lm_head"]}
+        lora={
+            "r": 8,
+            "lora_alpha": 16,
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "modules_to_save": ["lm_head"],
+        }
     ),
     "french": Recipe(
         lora={

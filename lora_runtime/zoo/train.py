@@ -28,7 +28,14 @@ class Schedule:
 
 
 def train(
-    model: nn.Module, batcher: Batcher, schedule: Schedule, *, stage: str, seed: int, report: Report, labels: bool = False
+    model: nn.Module,
+    batcher: Batcher,
+    schedule: Schedule,
+    *,
+    stage: str,
+    seed: int,
+    report: Report,
+    labels: bool = False,
 ) -> None:
     """Train every parameter of ``model`` that wants gradients. ``labels``: a classifier on label indices."""
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -34,9 +35,11 @@ def create_app(
         yield
         await services.catalog.stop()
 
-    refused = {status: {"model": ErrorBody} for status in (400, 404, 413, 429, 500, 503)}
+    refused: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody} for status in (400, 404, 413, 429, 500, 503)
+    }
     app = FastAPI(
-        title="Loom", description=DESCRIPTION, version="1", lifespan=lifespan, redoc_url=None, responses={**refused}
+        title="Loom", description=DESCRIPTION, version="1", lifespan=lifespan, redoc_url=None, responses=refused
     )
     for routes in (chat, completions, classify, adapters, health):
         app.include_router(routes.router(services))

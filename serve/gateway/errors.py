@@ -80,7 +80,9 @@ def install_handlers(app: FastAPI) -> None:
         if error.status_code == 404:
             return plain_error(404, f"There is no {request.method} {request.url.path[:200]}.", code="unknown_url")
         if error.status_code == 405:
-            return plain_error(405, f"{request.url.path[:200]} does not take {request.method}.", code="method_not_allowed")
+            return plain_error(
+                405, f"{request.url.path[:200]} does not take {request.method}.", code="method_not_allowed"
+            )
         return plain_error(error.status_code, str(error.detail), code="http_error")
 
     @app.exception_handler(Exception)

@@ -30,7 +30,9 @@ class WeightedAdapter(Body):
     def member(self) -> Member:
         name, _, version = self.id.partition("@")
         if not NAME.fullmatch(name) or ("@" in self.id and not version):
-            raise InvalidRequest(f"'{self.id[:128]}' is no adapter id; write 'name' or 'name@version'.", param="adapters")
+            raise InvalidRequest(
+                f"'{self.id[:128]}' is no adapter id; write 'name' or 'name@version'.", param="adapters"
+            )
         return Member(name, version or None, self.weight)
 
 

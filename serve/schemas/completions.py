@@ -37,7 +37,7 @@ class CompletionRequest(SampledBody):
         if isinstance(raw, str):
             return [TextPrompt(text=raw)]
         if raw and isinstance(raw[0], int):
-            return [TokenPrompt(token_ids=tuple(raw))]  # type: ignore[arg-type]  # checked: a list of ints
+            return [TokenPrompt(token_ids=tuple(raw))]
         if not raw or len(raw) > MAX_PROMPTS:
             raise InvalidRequest(f"'prompt' must hold 1 to {MAX_PROMPTS} prompts, not {len(raw)}.", param="prompt")
         return [

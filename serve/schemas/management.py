@@ -62,7 +62,9 @@ class ClassifyBody(TargetedBody):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"model": "warmth", "messages": [{"role": "user", "content": "Warm or cold at the top left?"}]}]
+            "examples": [
+                {"model": "warmth", "messages": [{"role": "user", "content": "Warm or cold at the top left?"}]}
+            ]
         }
     )
 

@@ -27,13 +27,13 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from lora_runtime.checkpoint import fingerprint
 from lora_runtime.engine.embedded.config import EmbeddedConfig
 from lora_runtime.engine.embedded.engine import EmbeddedEngine
 from lora_runtime.engine.protocol import AdapterRef, GenerateRequest, Sampling, TokenPrompt
 from tests.oracle.world import ALL_LM, _config, _randomise, _tokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 ROWS = 8
 PROMPT_TOKENS = 32
@@ -61,7 +61,7 @@ def write_world(root: Path) -> dict[str, Path]:
     }
     some = r".*language_model.*\.(q_proj|v_proj)"
     for name, saved in (
-        ("merger", ["merger"]), ("head", ["lm_head"]), ("norms", ["input_layernorm", "norm"]), ("words", ["embed_tokens"])
+        ("merger", ["merger"]), ("head", ["lm_head"]), ("norms", ["input_layernorm"]), ("words", ["embed_tokens"])
     ):  # fmt: skip
         options[name] = {"r": 8, "target_modules": some, "modules_to_save": saved}
     for seed, (name, fields) in enumerate(options.items()):
@@ -90,9 +90,7 @@ async def run_engine(engine: EmbeddedEngine, targets: list[Target], new_tokens: 
 
     async def one(number: int) -> None:
         prompt = TokenPrompt(token_ids=prompts()[number])
-        request = GenerateRequest(
-            request_id=str(number), prompt=prompt, adapters=targets[number], sampling=sampling
-        )
+        request = GenerateRequest(request_id=str(number), prompt=prompt, adapters=targets[number], sampling=sampling)
         async for _ in engine.generate(request):
             pass
 

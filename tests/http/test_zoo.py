@@ -63,9 +63,7 @@ def test_accuracy_through_http(http: httpx.Client):
     with ThreadPoolExecutor(12) as pool:
         right = list(pool.map(lambda one: is_right(http, *one), work[::7] + [w for i, w in enumerate(work) if i % 7]))
     order = work[::7] + [w for i, w in enumerate(work) if i % 7]
-    score = {
-        key: sum(r for r, (m, t, _) in zip(right, order, strict=True) if (m, t) == key) / COUNT for key in asked
-    }
+    score = {key: sum(r for r, (m, t, _) in zip(right, order, strict=True) if (m, t) == key) / COUNT for key in asked}
     for (model, task), accuracy in score.items():
         print(f"{model:24} {task:8} {accuracy:6.1%}   chance {1 / TASKS[task].choices:.1%}")
     assert score[BASE_NAME, "colour"] >= 0.95

@@ -173,9 +173,7 @@ class EmbeddedEngine:
         if self._is_closed or not self._is_started:
             raise EngineFault("The engine is not running.")
         if self._num_inside >= self._config.max_waiting + self._config.max_batch_size:
-            raise Overloaded(
-                f"The engine already has {self._num_inside} requests; try again shortly.", retry_after_s=1
-            )
+            raise Overloaded(f"The engine already has {self._num_inside} requests; try again shortly.", retry_after_s=1)
         self._num_inside += 1
         try:
             yield

@@ -10,9 +10,7 @@ from lora_runtime.errors import InvalidCombination, NotFound
 from lora_runtime.weights import AdapterWeights, Head
 
 
-def select_head(
-    adapters: tuple[AdapterRef, ...], weights: Mapping[str, AdapterWeights], wanted: str | None
-) -> Head:
+def select_head(adapters: tuple[AdapterRef, ...], weights: Mapping[str, AdapterWeights], wanted: str | None) -> Head:
     """The head named ``wanted``, or the only one, of the target's adapters.
 
     A head has no base to differ from, so where several adapters carry it their combination is

@@ -230,7 +230,9 @@ class StepLoop:
         logits = self._runner.logits(hidden[index], [s.signature for _, s in rows])
         for (_, sequence), chosen in zip(rows, choose(logits, [s.sampler for _, s in rows]), strict=True):
             if chosen is None:
-                self._fail(sequence.job, EngineFault("The model gave no finite score for any token; check the adapter."))
+                self._fail(
+                    sequence.job, EngineFault("The model gave no finite score for any token; check the adapter.")
+                )
             elif not sequence.job.is_over:
                 self._commit(sequence, chosen)
 
@@ -332,7 +334,9 @@ class StepLoop:
     def _fail_plan(self, plan: StepPlan[Sequence], error: Exception) -> None:
         jobs = {s.job for s in plan.decode} | {span.sequence.job for span in plan.prefill}
         for job in jobs:
-            self._fail(job, EngineFault(f"A step of the engine failed: {type(error).__name__}. Send the request again."))
+            self._fail(
+                job, EngineFault(f"A step of the engine failed: {type(error).__name__}. Send the request again.")
+            )
 
 
 def _last_rows(plan: StepPlan[Sequence]) -> list[int]:

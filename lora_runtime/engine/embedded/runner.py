@@ -42,9 +42,7 @@ class ModelRunner:
         register_attention()
         self._language: Any = self.model.model.language_model
         self._language.config._attn_implementation = ATTENTION_NAME
-        self.max_model_len = min(
-            text.max_position_embeddings, config.max_model_len or DEFAULT_MAX_MODEL_LEN
-        )
+        self.max_model_len = min(text.max_position_embeddings, config.max_model_len or DEFAULT_MAX_MODEL_LEN)
         self.cache = LaneCache(
             num_layers=text.num_hidden_layers,
             num_lanes=config.max_batch_size,
@@ -55,7 +53,7 @@ class ModelRunner:
             device=self.device,
         )
         self._image_token: int = self.model.config.image_token_id
-        self._merge = self.model.config.vision_config.spatial_merge_size ** 2
+        self._merge = self.model.config.vision_config.spatial_merge_size**2
 
     @torch.inference_mode()
     def encode_images(self, images: Seq[tuple[Patches, Signature]]) -> list[Tensor]:
@@ -174,7 +172,7 @@ def _load(base_path: str, device: torch.device, dtype: torch.dtype) -> Any:
         raise EngineFault(
             f"The base at {base_path} is a '{model_type}' model; the embedded engine serves {', '.join(MODEL_TYPES)}."
         )
-    model = AutoModelForImageTextToText.from_pretrained(base_path, dtype=dtype, attn_implementation="sdpa")
+    model: Any = AutoModelForImageTextToText.from_pretrained(base_path, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -28,7 +28,6 @@ class TokenText:
             return str(piece).encode()
         return bytes(self._byte_of[char] for char in piece)
 
-
     def describe(self, chosen: Chosen) -> Token:
         """A chosen token as callers see it."""
         top = tuple(
