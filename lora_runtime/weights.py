@@ -134,9 +134,7 @@ class AdapterWeights:
 
         return AdapterWeights(
             version=self.version,
-            lora={
-                name: replace(f, a=f.a.clone(), b=f.b.clone(), bias=copy(f.bias)) for name, f in self.lora.items()
-            },
+            lora={name: replace(f, a=f.a.clone(), b=f.b.clone(), bias=copy(f.bias)) for name, f in self.lora.items()},
             saved={name: saved(module) for name, module in self.saved.items()},
             token_rows={
                 name: TokenRows(indices=rows.indices.clone(), rows=rows.rows.clone())

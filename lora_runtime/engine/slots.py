@@ -1,7 +1,7 @@
 """Who lives in which slot: least recently used leaves first, nothing leaves while it is held.
 
-Pure bookkeeping; the caller moves the tensors. Not thread-safe: one thread (the engine's step
-loop) owns it.
+Pure bookkeeping; the caller moves the tensors. One thread (the engine's step loop) changes it; other
+threads may look (``resident``, ``num_held``, ``check_fits``), and see it as it was a moment ago.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class SlotTable:
     @property
     def num_held(self) -> int:
         """Slots under at least one lease."""
-        return sum(1 for resident in self._residents.values() if resident.holds)
+        return sum(1 for resident in tuple(self._residents.values()) if resident.holds)
 
     def check_fits(self, versions: Iterable[str]) -> None:
         """Raise InvalidCombination when no state of the table could ever hold ``versions`` together."""
         wanted = set(versions)
-        pinned = {v for v, resident in self._residents.items() if resident.pinned}
+        pinned = {v for v, resident in tuple(self._residents.items()) if resident.pinned}
         if len(wanted | pinned) > self._capacity:
             raise InvalidCombination(
                 f"The request names {len(wanted)} adapters, but an engine holds at most "

@@ -190,8 +190,8 @@ class EmbeddedEngine:
         preparing = loop.run_in_executor(self._executor, self._prompts.prepare, prompt)
         try:
             async with asyncio.timeout(None if deadline is None else max(deadline - time.monotonic(), 0)):
-                weights = await asyncio.gather(*(self._host.get(ref) for ref in refs))
-                prepared = await preparing
+                reading = asyncio.gather(*(self._host.get(ref) for ref in refs))
+                prepared, weights = await asyncio.gather(preparing, reading)
         except TimeoutError as error:
             raise DeadlineExceeded("The request ran out of time while it was prepared.", retry_after_s=1) from error
         return prepared, {ref.version: found for ref, found in zip(refs, weights, strict=True)}

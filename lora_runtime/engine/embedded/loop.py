@@ -252,26 +252,27 @@ class StepLoop:
             text += sequence.text.flush()
             job.num_finished += 1
         is_last = job.num_finished == len(job.sequences)
-        tokens = () if is_eos else (self._token_text.describe(chosen),)
-        job.deliver(
-            TokenEvent(
-                choice=sequence.choice,
-                text=text,
-                tokens=tokens,
-                finish_reason=reason,
-                usage=job.usage() if is_last else None,
-            )
-        )
+        # Released before it is told: who has the last event may ask for the same slots at once.
         if is_last:
             self._finish(job)
         elif reason is not None:
             self._leave(sequence)
+        job.deliver(
+            TokenEvent(
+                choice=sequence.choice,
+                text=text,
+                tokens=() if is_eos else (self._token_text.describe(chosen),),
+                finish_reason=reason,
+                usage=job.usage() if is_last else None,
+            )
+        )
 
     def _classify(self, job: Job, head: Head, hidden: Tensor) -> None:
         logits = self._runner.head_logits(hidden, head)
         if not is_finite(logits):
             self._fail(job, EngineFault("The classification head gave no finite scores; check the adapter."))
             return
+        self._finish(job)
         job.deliver(
             Classification(
                 labels=head.labels,
@@ -280,7 +281,6 @@ class StepLoop:
                 usage=job.usage(),
             )
         )
-        self._finish(job)
 
     def _encode_new_images(self, plan: StepPlan[Sequence]) -> None:
         """Encode what the plan's prompts show and the cache lacks; equal images of equal visual targets once."""
