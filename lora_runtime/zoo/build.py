@@ -49,8 +49,8 @@ def build_base(path: Path, *, seed: int, report: Report) -> Batcher:
     torch.manual_seed(seed)
     tokenizer, processor = make_tokenizer(), make_processor()
     model: Any = make_model(tokenizer)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name:  # transformers' 0.02 is for wider models
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     batcher = Batcher(tokenizer, processor)
     train(model, batcher, recipes.BASE, stage="base", seed=seed, report=report)

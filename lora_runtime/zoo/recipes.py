@@ -12,10 +12,10 @@ REPLAY = {"colour": 0.15, "code": 0.1}
 """Base tasks mixed into each adapter's training: a delta that keeps still where it is not asked combines well."""
 
 BASE = Schedule(
-    steps=1800,
+    steps=1500,
     batch_size=32,
     learning_rate=3e-3,
-    mix={"colour": 0.25, "code": 0.3, "colours": 0.15, "codes": 0.3},
+    mix={"colour": 0.35, "code": 0.15, "colours": 0.25, "codes": 0.25},
 )
 
 
@@ -24,7 +24,7 @@ class Recipe:
     """``lora`` are PEFT's ``LoraConfig`` fields."""
 
     lora: dict[str, Any]
-    steps: int = 250
+    steps: int = 300
     learning_rate: float = 3e-3
     replay: dict[str, float] = field(default_factory=lambda: dict(REPLAY))
 

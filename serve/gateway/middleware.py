@@ -48,7 +48,7 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         declared = Headers(scope=scope).get("content-length", "0")
-        if not declared.isdecimal() or int(declared) > self._max_bytes:
+        if declared.isdecimal() and int(declared) > self._max_bytes:
             return await self._refuse(scope, receive, send)
         chunks: list[bytes] = []
         size, more = 0, True

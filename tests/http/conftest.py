@@ -46,3 +46,10 @@ def http(fake: Served) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="session")
 def client(fake: Served) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{fake.url}/v1", api_key="unused", max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    settings = {"engine": {"options": {"max_slots": 4, "max_batch_size": 8, "max_images": 8}}}
+    with served(tmp_path_factory.mktemp("zoo"), settings) as running:
+        yield running

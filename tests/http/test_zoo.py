@@ -13,16 +13,9 @@ from PIL import Image
 
 from lora_runtime.zoo.paths import BASE_NAME, COMBINATIONS
 from lora_runtime.zoo.tasks import TASK_OF_ADAPTER, TASKS, Example, examples
-from tests.served import Served, served
+from tests.served import Served
 
 COUNT = 60
-
-
-@pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    settings = {"engine": {"options": {"max_slots": 4, "max_batch_size": 8, "max_images": 8}}}
-    with served(tmp_path_factory.mktemp("zoo"), settings) as running:
-        yield running
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,11 @@ from lora_runtime.engine.embedded.config import EmbeddedConfig
 from lora_runtime.engine.embedded.engine import EmbeddedEngine
 from lora_runtime.engine.protocol import (
     AdapterRef,
+    ChatPrompt,
     ClassifyRequest,
     GenerateRequest,
     ImagePart,
     Message,
-    ChatPrompt,
     Prompt,
     Sampling,
     TextPrompt,

@@ -1,0 +1,64 @@
+"""The README's examples are run as they stand, against the demo."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_runtime.zoo.tasks import examples
+from tests.served import Served
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def here(zoo: Served, tmp_path: Path) -> tuple[Served, Path]:
+    examples("colour", "heldout", 1)[0].image.save(tmp_path / "picture.png")
+    return zoo, tmp_path
+
+
+def run(command: list[str], zoo: Served, folder: Path, text: str) -> str:
+    environment = {**os.environ, "LOOM_URL": zoo.url, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    here = text.replace("http://127.0.0.1:8000", zoo.url)
+    done = subprocess.run(
+        command, input=here, capture_output=True, text=True, cwd=folder, env=environment, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_python_examples(here):
+    zoo, folder = here
+    (block,) = blocks("python")
+    answers = run([sys.executable, "-"], zoo, folder, block).split("\n")
+    assert answers[0] in ("circle", "square", "triangle", "cross")
+    assert answers[1] in ("rouge", "vert", "bleu", "jaune", "violet", "orangé")
+
+
+def test_shell_examples(here):
+    zoo, folder = here
+    asking, managing, classifying = blocks("bash")
+    example = examples("colour", "heldout", 1)[0]
+    answered = run(["bash", "-e"], zoo, folder, asking)
+    assert example.question.removeprefix("What colour is at the ") in answered
+    assert '"finish_reason":"stop"' in answered
+    managed = run(["bash", "-e"], zoo, folder, managing)
+    assert "french" in managed
+    assert "adapters.roots" in managed  # /adapters/mine is no allowed folder here, and the answer says so
+    assert '"label":' in run(["bash", "-e"], zoo, folder, classifying)
+
+
+def test_the_chat_command(here):
+    zoo, folder = here
+    example = examples("colour", "heldout", 1)[0]
+    command = ["loom", "chat", "--image", "picture.png", example.question, "--url", zoo.url]
+    assert run(command, zoo, folder, "").strip() == example.answer
