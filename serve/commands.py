@@ -177,7 +177,7 @@ def _sample_lines(state_dir: Path, url: str, base_name: str) -> list[str]:
         picture = state_dir / f"{task}.png"
         example.image.save(picture, "PNG")
         content = [_data_part(picture.read_bytes(), "image/png"), {"type": "text", "text": example.question}]
-        body = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8}
+        body = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 32}
         file.write_text(json.dumps(body))
         lines.append(f"\n# {model}: {example.question}  (right answer: {example.answer})")
         lines.append(f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d @{file}")

@@ -53,7 +53,8 @@ def build_base(path: Path, *, seed: int, report: Report) -> Batcher:
         if parameter.ndim == 2 and "embed" not in name:  # transformers' 0.02 is for wider models
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     batcher = Batcher(tokenizer, processor)
-    train(model, batcher, recipes.BASE, stage="base", seed=seed, report=report)
+    for number, phase in enumerate(recipes.BASE):
+        train(model, batcher, phase, stage=f"base {number + 1}/{len(recipes.BASE)}", seed=seed + number, report=report)
     model.to(torch.bfloat16).save_pretrained(path)
     save_around(path, tokenizer, processor)
     return batcher

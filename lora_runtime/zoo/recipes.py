@@ -8,15 +8,25 @@ from typing import Any
 from lora_runtime.zoo.train import Schedule
 
 LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-REPLAY = {"colour": 0.15, "code": 0.1}
+REPLAY = {"colour": 0.1, "colours": 0.1, "codes": 0.05}
 """Base tasks mixed into each adapter's training: a delta that keeps still where it is not asked combines well."""
 
-BASE = Schedule(
-    steps=1500,
-    batch_size=32,
-    learning_rate=3e-3,
-    mix={"colour": 0.35, "code": 0.15, "colours": 0.25, "codes": 0.25},
+BASE = (
+    # Lists first: they teach positions and features. Then single codes, which tie features to named positions.
+    Schedule(
+        steps=1500,
+        batch_size=32,
+        learning_rate=3e-3,
+        mix={"colour": 0.35, "code": 0.15, "colours": 0.25, "codes": 0.25},
+    ),
+    Schedule(
+        steps=600,
+        batch_size=32,
+        learning_rate=2e-3,
+        mix={"colour": 0.25, "code": 0.6, "colours": 0.05, "codes": 0.1},
+    ),
 )
+"""The base's phases, one after the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +34,7 @@ class Recipe:
     """``lora`` are PEFT's ``LoraConfig`` fields."""
 
     lora: dict[str, Any]
-    steps: int = 300
+    steps: int = 400
     learning_rate: float = 3e-3
     replay: dict[str, float] = field(default_factory=lambda: dict(REPLAY))
 
@@ -34,7 +44,7 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "shape": Recipe(lora={"r": 8, "lora_alpha": 16, "target_modules": LANGUAGE}),
+    "shape": Recipe(lora={"r": 8, "lora_alpha": 16, "target_modules": LANGUAGE}, steps=900),
     "size": Recipe(
         lora={
             "r": 6,

@@ -1,8 +1,8 @@
 """Tasks on pictures: a question, and the one right answer. Imports no torch.
 
 The base learns ``colour``, and ``code``: terse codes for everything else, so that its vision sees
-shapes, sizes and fills without any skill's words; both also as lists over the picture, which teach
-positions fastest. Each adapter learns one of the other tasks.
+shapes, sizes and fills without any skill's words; both also as lists over the picture. Each adapter
+learns one of the other tasks.
 """
 
 from __future__ import annotations
@@ -25,12 +25,6 @@ FRENCH_COLOURS = {
     "yellow": "jaune",
     "purple": "violet",
     "orange": "orangé",
-}
-FRENCH_POSITIONS = {
-    "top left": "en haut à gauche",
-    "top right": "en haut à droite",
-    "bottom left": "en bas à gauche",
-    "bottom right": "en bas à droite",
 }
 WARM = ("red", "yellow", "orange")
 WARMTH_LABELS = ("warm", "cold")
@@ -62,18 +56,21 @@ def _code(item: Item) -> str:
     return f"k{SHAPES.index(item.shape)} s{SIZES.index(item.size)} f{FILLS.index(item.fill)}"
 
 
+def _listing(question: str, answer: Callable[[Item], str], choices: int) -> Task:
+    """The same question about every position at once."""
+    return Task(lambda _: question, answer, choices ** len(POSITIONS), is_list=True)
+
+
 TASKS: dict[str, Task] = {
     "colour": Task(lambda p: f"What colour is at the {p}?", lambda i: i.colour, len(COLOURS)),
     "code": Task(lambda p: f"Code at the {p}?", _code, len(SHAPES) * len(SIZES) * len(FILLS)),
-    "colours": Task(lambda p: "All colours?", lambda i: i.colour, len(COLOURS) ** len(POSITIONS), is_list=True),
-    "codes": Task(lambda p: "All codes?", _code, 16 ** len(POSITIONS), is_list=True),
-    "shape": Task(lambda p: f"Which shape is at the {p}?", lambda i: i.shape, len(SHAPES)),
-    "size": Task(lambda p: f"How big is the shape at the {p}?", lambda i: i.size, len(SIZES)),
-    "fill": Task(lambda p: f"Hollow or solid at the {p}?", lambda i: i.fill, len(FILLS)),
-    "letter": Task(lambda p: f"Initial of the colour at the {p}?", lambda i: i.colour[0].upper(), len(COLOURS)),
-    "french": Task(
-        lambda p: f"Quelle couleur {FRENCH_POSITIONS[p]} ?", lambda i: FRENCH_COLOURS[i.colour], len(COLOURS)
-    ),
+    "colours": _listing("All colours?", lambda i: i.colour, len(COLOURS)),
+    "codes": _listing("All codes?", _code, len(SHAPES) * len(SIZES) * len(FILLS)),
+    "shape": _listing("All shapes?", lambda i: i.shape, len(SHAPES)),
+    "size": _listing("All sizes?", lambda i: i.size, len(SIZES)),
+    "fill": _listing("All hollow or solid?", lambda i: i.fill, len(FILLS)),
+    "letter": _listing("All initials?", lambda i: i.colour[0].upper(), len(COLOURS)),
+    "french": _listing("Toutes les couleurs ?", lambda i: FRENCH_COLOURS[i.colour], len(COLOURS)),
     "warmth": Task(
         lambda p: f"Warm or cold at the {p}?", lambda i: WARMTH_LABELS[i.colour not in WARM], len(WARMTH_LABELS)
     ),

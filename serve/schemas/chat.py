@@ -64,11 +64,11 @@ class ChatRequest(SampledBody):
                             "role": "user",
                             "content": [
                                 {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}},
-                                {"type": "text", "text": "Which shape is at the top left?"},
+                                {"type": "text", "text": "All shapes?"},
                             ],
                         }
                     ],
-                    "max_tokens": 8,
+                    "max_tokens": 32,
                     "temperature": 0,
                 }
             ]

@@ -40,7 +40,7 @@ def is_right(http: httpx.Client, model: str, task: str, example: Example) -> boo
         response = http.post("/v1/classify", json={"model": model, "messages": messages(example)})
         response.raise_for_status()
         return response.json()["data"][0]["label"] == example.answer
-    body = {"model": model, "messages": messages(example), "temperature": 0, "max_tokens": 12}
+    body = {"model": model, "messages": messages(example), "temperature": 0, "max_tokens": 32}
     response = http.post("/v1/chat/completions", json=body)
     response.raise_for_status()
     return response.json()["choices"][0]["message"]["content"] == example.answer
