@@ -171,7 +171,7 @@ def _sample_lines(state_dir: Path, url: str, base_name: str) -> list[str]:
 
     state_dir.mkdir(parents=True, exist_ok=True)
     lines = []
-    for model, task in ((base_name, "colour"), ("shape", "shape"), ("shape:1.0+french:1.0", "french")):
+    for model, task in ((base_name, "colour"), ("shape", "shape"), ("french:0.9+letter:0.1", "french")):
         example = examples(task, "heldout", 1)[0]
         file = state_dir / f"ask-{task}.json"
         picture = state_dir / f"{task}.png"

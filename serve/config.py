@@ -68,6 +68,14 @@ class DeploymentSettings(_Section):
     graceful_shutdown_timeout_s: float = Field(default=60.0, ge=0)
 
 
+class GatewaySettings(DeploymentSettings):
+    """Gateways are light, and hold every request while its engine works."""
+
+    num_cpus: float = Field(default=0.1, ge=0)
+    max_ongoing_requests: PositiveInt = 512
+    max_queued_requests: int = Field(default=-1, ge=-1)
+
+
 class RegistrySettings(_Section):
     """The database of adapters; None is SQLite in ``state_dir``."""
 
@@ -84,18 +92,12 @@ class AdapterSettings(_Section):
 class Settings(BaseSettings):
     """The whole configuration; every field has a default, and the default serves the demo world."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="LOOM_",
-        env_nested_delimiter="__",
-        extra="forbid",
-        frozen=True,
-        nested_model_default_partial_update=True,
-    )
+    model_config = SettingsConfigDict(env_prefix="LOOM_", env_nested_delimiter="__", extra="forbid", frozen=True)
 
     server: ServerSettings = ServerSettings()
     base: CheckpointSettings = CheckpointSettings()
     engine: EngineSettings = EngineSettings()
-    gateways: DeploymentSettings = DeploymentSettings(num_cpus=0.1, max_ongoing_requests=512, max_queued_requests=-1)
+    gateways: GatewaySettings = GatewaySettings()
     engines: DeploymentSettings = DeploymentSettings()
     registry: RegistrySettings = RegistrySettings()
     adapters: AdapterSettings = AdapterSettings()

@@ -11,5 +11,6 @@ BASE_NAME = "loom-zoo/base"
 
 ADAPTER_NAMES = ("shape", "size", "fill", "letter", "french", "warmth")
 ADAPTERS = {name: ZOO / "adapters" / name for name in ADAPTER_NAMES}
-COMBINATIONS: dict[str, dict[str, float]] = {"shape+french": {"shape": 1.0, "french": 1.0}}
-"""Two skills at once: weights under which both are kept."""
+COMBINATIONS: dict[str, dict[str, float]] = {}
+"""Weights under which two skills are both kept, by label. None is shipped yet: each adapter was trained alone and
+speaks up on the others' questions too, so their sums are exact but answer neither skill."""

@@ -48,10 +48,10 @@ def is_right(http: httpx.Client, model: str, task: str, example: Example) -> boo
 
 def test_accuracy_through_http(http: httpx.Client):
     """The base, every adapter and a combination, all asked at once: rows of all kinds share batches."""
-    combination = "+".join(f"{name}:{weight}" for name, weight in COMBINATIONS["shape+french"].items())
     asked = [(BASE_NAME, "colour"), *((name, task) for name, task in TASK_OF_ADAPTER.items())]
     asked += [(BASE_NAME, task) for name, task in TASK_OF_ADAPTER.items() if name != "warmth"]
-    asked += [(combination, task) for task in ("shape", "french")]
+    combined = {"+".join(f"{n}:{w}" for n, w in shares.items()): tuple(shares) for shares in COMBINATIONS.values()}
+    asked += [(model, task) for model, tasks in combined.items() for task in tasks]
     work = [(model, task, example) for model, task in asked for example in examples(task, "heldout", COUNT)]
     with ThreadPoolExecutor(12) as pool:
         right = list(pool.map(lambda one: is_right(http, *one), work[::7] + [w for i, w in enumerate(work) if i % 7]))
@@ -64,12 +64,20 @@ def test_accuracy_through_http(http: httpx.Client):
         assert score[name, task] >= 0.90, name
         if name != "warmth":
             assert score[BASE_NAME, task] <= 1 / TASKS[task].choices + 0.1, task
-    assert min(score[combination, task] for task in ("shape", "french")) >= 0.80
+    for model, tasks in combined.items():
+        assert min(score[model, task] for task in tasks) >= 0.80
 
 
 def png(width: int, height: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("1", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def drawing() -> bytes:
+    buffer = io.BytesIO()
+    examples("colour", "heldout", 1)[0].image.save(buffer, "PNG")
+    assert len(buffer.getvalue()) > 1000
     return buffer.getvalue()
 
 
@@ -80,7 +88,7 @@ def image_part(data: bytes) -> dict:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("truncated", [image_part(png(112, 112)[:60])], "damaged"),
+        ("truncated", [image_part(drawing()[:900])], "damaged"),
         ("no image", [image_part(b"hello")], "no image"),
         ("100 megapixels", [image_part(png(10_000, 10_000))], "pixels"),
         ("a thread", [image_part(png(2000, 2))], "aspect ratio"),

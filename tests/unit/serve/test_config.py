@@ -25,6 +25,12 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
     assert settings.engine.options == {"max_slots": 3}
 
 
+def test_a_mapping_in_the_file_takes_the_place_of_the_default():
+    settings = load_settings({"adapters": {"preload": {"mine": "/adapters/mine"}}})
+    assert set(settings.adapters.preload) == {"mine"}
+    assert load_settings({"gateways": {"replicas": 2}}).gateways.max_ongoing_requests == 512
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
