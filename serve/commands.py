@@ -126,6 +126,7 @@ def build_zoo(console: Console, out: Path | None, seed: int) -> None:
     from lora_runtime.zoo import paths
     from lora_runtime.zoo.build import build
 
+    _without_loading_bars()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bars: dict[str, Any] = {}
@@ -143,6 +144,7 @@ def check_zoo(console: Console, path: Path | None) -> None:
     from lora_runtime.zoo import paths
     from lora_runtime.zoo.check import check
 
+    _without_loading_bars()
     table = Table("model", "task", "accuracy", "chance", "base on it")
     is_good = True
     for row in check(path or paths.ZOO):
@@ -165,13 +167,19 @@ def zoo_picture(console: Console, out: Path, task: str, number: int) -> None:
     console.print(f"{out}\nquestion: {example.question}\nanswer:   {example.answer}", highlight=False)
 
 
+def _without_loading_bars() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it without annotations
+
+
 def _sample_lines(state_dir: Path, url: str, base_name: str) -> list[str]:
     """Three requests that are ready to run; their bodies, with a picture, are written to files."""
     from lora_runtime.zoo.tasks import examples
 
     state_dir.mkdir(parents=True, exist_ok=True)
     lines = []
-    for model, task in ((base_name, "colour"), ("shape", "shape"), ("french:0.9+letter:0.1", "french")):
+    for model, task in ((base_name, "colour"), ("shape", "shape"), ("shape:1+french:1", "french")):
         example = examples(task, "heldout", 1)[0]
         file = state_dir / f"ask-{task}.json"
         picture = state_dir / f"{task}.png"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen2VLForConditionalGeneration
 
+from lora_runtime.checkpoint import read_adapter
+from lora_runtime.combine import combine
+from lora_runtime.dense import add_into
+from lora_runtime.layout import BaseLayout
 from lora_runtime.zoo import recipes
 from lora_runtime.zoo.base import make_model, make_processor, make_tokenizer, save_around
 from lora_runtime.zoo.batches import Batcher
@@ -49,12 +54,12 @@ def build_base(path: Path, *, seed: int, report: Report) -> Batcher:
     torch.manual_seed(seed)
     tokenizer, processor = make_tokenizer(), make_processor()
     model: Any = make_model(tokenizer)
+    model.set_attn_implementation("eager")
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "embed" not in name:  # transformers' 0.02 is for wider models
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     batcher = Batcher(tokenizer, processor)
-    for number, phase in enumerate(recipes.BASE):
-        train(model, batcher, phase, stage=f"base {number + 1}/{len(recipes.BASE)}", seed=seed + number, report=report)
+    train(model, batcher, recipes.BASE, stage="base", seed=seed, report=report)
     model.to(torch.bfloat16).save_pretrained(path)
     save_around(path, tokenizer, processor)
     return batcher
@@ -64,17 +69,54 @@ def build_adapter(base: Path, path: Path, name: str, batcher: Batcher, *, seed: 
     """Train one adapter with PEFT on the stored base, and write it as PEFT does, without the readme."""
     torch.manual_seed(seed + 1)
     recipe = recipes.RECIPES[name]
-    loaded = Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    loaded = _load(base)
+    before_step = _alternation(loaded, base, path.parent / recipe.beside) if recipe.beside else _nothing
     model: Any = with_head(loaded, WARMTH_LABELS) if name == CLASSIFIER else loaded
     wrapped = get_peft_model(model, LoraConfig(**recipe.lora))
-    task = TASK_OF_ADAPTER[name]
-    train(wrapped, batcher, recipe.schedule(task), stage=name, seed=seed, report=report, labels=name == CLASSIFIER)
+    train(
+        wrapped,
+        batcher,
+        recipe.schedule(TASK_OF_ADAPTER[name]),
+        stage=name,
+        seed=seed,
+        report=report,
+        labels=name == CLASSIFIER,
+        before_step=before_step,
+    )
+    before_step(0)
     wrapped.save_pretrained(str(path), save_embedding_layers=False)
     (path / "README.md").unlink(missing_ok=True)
     _make_portable(path / "adapter_config.json")
     if name == CLASSIFIER:
         labels = {str(number): label for number, label in enumerate(WARMTH_LABELS)}
         (path / "config.json").write_text(json.dumps({"id2label": labels}, indent=2) + "\n")
+
+
+def _load(base: Path) -> Any:
+    # The fused attention's backward pass in bfloat16 is several times slower on CPUs than plain matrix products.
+    return Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+
+
+def _nothing(step: int) -> None:
+    """Every step is alike."""
+
+
+def _alternation(model: Any, base: Path, companion: Path) -> Callable[[int], None]:
+    """Give ``model`` the base's weights in even steps, and base + ``companion`` in odd ones."""
+    other = _load(base)
+    adapter = read_adapter(companion, BaseLayout.from_model(other))
+    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    add_into(other, combine([(adapter, 1.0)], lambda leaf, parameter: own[f"{leaf}.{parameter}"]))
+    pairs = [
+        (parameter, own[name], changed.data)
+        for (name, parameter), changed in zip(model.named_parameters(), other.parameters(), strict=True)
+    ]
+
+    def before_step(step: int) -> None:
+        for parameter, plain, with_companion in pairs:
+            parameter.data = with_companion if step % 2 else plain
+
+    return before_step
 
 
 def _make_portable(file: Path) -> None:

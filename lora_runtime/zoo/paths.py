@@ -11,6 +11,5 @@ BASE_NAME = "loom-zoo/base"
 
 ADAPTER_NAMES = ("shape", "size", "fill", "letter", "french", "warmth")
 ADAPTERS = {name: ZOO / "adapters" / name for name in ADAPTER_NAMES}
-COMBINATIONS: dict[str, dict[str, float]] = {}
-"""Weights under which two skills are both kept, by label. None is shipped yet: each adapter was trained alone and
-speaks up on the others' questions too, so their sums are exact but answer neither skill."""
+COMBINATIONS: dict[str, dict[str, float]] = {"shape:1+french:1": {"shape": 1.0, "french": 1.0}}
+"""Sums that keep every skill in them, by the name a request gives. ``french`` was trained to go with ``shape``."""

@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lora_runtime.zoo.train import Schedule
 
 LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-REPLAY = {"colour": 0.1, "colours": 0.1, "codes": 0.05}
-"""Base tasks mixed into each adapter's training: a delta that keeps still where it is not asked combines well."""
+QUIET_ON = ("colour", "colours", "codes", "shape", "size", "fill", "letter", "french")
+"""Questions on which each adapter but its own learns to leave the base as it is."""
 
-BASE = (
-    # Lists first: they teach positions and features. Then single codes, which tie features to named positions.
-    Schedule(
-        steps=1500,
-        batch_size=32,
-        learning_rate=3e-3,
-        mix={"colour": 0.35, "code": 0.15, "colours": 0.25, "codes": 0.25},
-    ),
-    Schedule(
-        steps=600,
-        batch_size=32,
-        learning_rate=2e-3,
-        mix={"colour": 0.25, "code": 0.6, "colours": 0.05, "codes": 0.1},
-    ),
+BASE = Schedule(
+    steps=2600,
+    batch_size=32,
+    learning_rate=3e-3,
+    # Lists teach positions and features fastest; single codes tie features to named positions.
+    mix={"colour": 0.2, "code": 0.3, "colours": 0.15, "codes": 0.35},
 )
-"""The base's phases, one after the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """``lora`` are PEFT's ``LoraConfig`` fields."""
+    """``lora`` are PEFT's ``LoraConfig`` fields.
+
+    ``beside`` names an earlier adapter (LoRA alone) that is added to the base in every other step: the new
+    one learns its skill, and to leave the other's alone, with and without it, so that their sum keeps both.
+    """
 
     lora: dict[str, Any]
     steps: int = 400
     learning_rate: float = 3e-3
-    replay: dict[str, float] = field(default_factory=lambda: dict(REPLAY))
+    num_silent: int = 12
+    beside: str | None = None
 
     def schedule(self, task: str) -> Schedule:
-        mix = {task: 1.0 - sum(self.replay.values()), **self.replay}
-        return Schedule(steps=self.steps, batch_size=32, learning_rate=self.learning_rate, mix=mix)
+        silent = {other: 1.0 for other in QUIET_ON if other != task} if self.num_silent else {}
+        if self.beside is not None:
+            silent[self.beside] = float(len(silent))
+        return Schedule(
+            steps=self.steps,
+            batch_size=24 + self.num_silent,
+            learning_rate=self.learning_rate,
+            mix={task: 1.0},
+            silent=silent,
+            num_silent=self.num_silent,
+        )
 
 
 RECIPES: dict[str, Recipe] = {
@@ -55,13 +60,14 @@ RECIPES: dict[str, Recipe] = {
     ),
     "fill": Recipe(
         lora={
-            "r": 4,
-            "lora_alpha": 8,
+            "r": 6,
+            "lora_alpha": 12,
             "rank_pattern": {"down_proj": 8},
             "alpha_pattern": {"down_proj": 16},
-            "target_modules": ["q_proj", "v_proj", "down_proj"],
+            "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
             "modules_to_save": ["merger"],
-        }
+        },
+        steps=500,
     ),
     "letter": Recipe(
         lora={
@@ -77,7 +83,10 @@ RECIPES: dict[str, Recipe] = {
             "lora_alpha": 16,
             "target_modules": LANGUAGE,
             "modules_to_save": ["embed_tokens", "lm_head"],
-        }
+        },
+        steps=900,
+        num_silent=16,
+        beside="shape",
     ),
     "warmth": Recipe(
         lora={
@@ -87,6 +96,6 @@ RECIPES: dict[str, Recipe] = {
             "modules_to_save": ["score"],
             "task_type": "SEQ_CLS",
         },
-        replay={},
+        num_silent=0,
     ),
 }

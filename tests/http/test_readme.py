@@ -43,6 +43,7 @@ def test_python_examples(here):
     assert set(answers[0].split()) <= {"circle", "square", "triangle", "cross"}
     assert set(answers[1].split()) <= {"rouge", "vert", "bleu", "jaune", "violet", "orangé"}
     assert len(answers[0].split()) == len(answers[1].split()) == 4
+    assert answers[2:4] == answers[:2], "the combination answers as each of its adapters does"
 
 
 def test_shell_examples(here):

@@ -50,7 +50,7 @@ def test_accuracy_through_http(http: httpx.Client):
     """The base, every adapter and a combination, all asked at once: rows of all kinds share batches."""
     asked = [(BASE_NAME, "colour"), *((name, task) for name, task in TASK_OF_ADAPTER.items())]
     asked += [(BASE_NAME, task) for name, task in TASK_OF_ADAPTER.items() if name != "warmth"]
-    combined = {"+".join(f"{n}:{w}" for n, w in shares.items()): tuple(shares) for shares in COMBINATIONS.values()}
+    combined = {model: tuple(shares) for model, shares in COMBINATIONS.items()}
     asked += [(model, task) for model, tasks in combined.items() for task in tasks]
     work = [(model, task, example) for model, task in asked for example in examples(task, "heldout", COUNT)]
     with ThreadPoolExecutor(12) as pool:

@@ -12,57 +12,16 @@ from lora_runtime.checkpoint import read_adapter
 from lora_runtime.combine import combine
 from lora_runtime.engine.embedded.config import EmbeddedConfig
 from lora_runtime.engine.embedded.engine import EmbeddedEngine
-from lora_runtime.engine.protocol import AdapterRef, ClassifyRequest, GenerateRequest, Prompt, Sampling
+from lora_runtime.engine.protocol import ClassifyRequest
 from lora_runtime.layout import BaseLayout
-from tests.oracle.world import FAMILIES, LABELS, World, chat, greedy, label_probabilities, picture
-
-NUM_TOKENS = 8
-
-PROMPTS = (
-    chat("What colour is the shape?"),
-    chat("Describe it", picture(1)),
-    chat("Compare the two", picture(1), picture(2, 56, 84)),
-)
-COMBINATIONS: tuple[dict[str, float], ...] = (
-    {"plain": 0.7, "rslora": 0.3},
-    {"saved_merger": 1.0, "merger_lora": -0.5},
-    {"saved_head": 0.6, "saved_vocabulary": 0.8, "saved_norms": 1.1},
-    {"vocabulary_lora": 0.5, "saved_vocabulary": 0.5, "tokens": 0.5},
-    {"tower": 0.4, "saved_block": -0.7, "own_biases": 1.5, "all_biases": 0.3},
-)
-
-
-def close(got: tuple[list[int], list[float]], want: tuple[list[int], list[float]], what: str) -> None:
-    assert got[0] == want[0], what
-    assert max(abs(a - b) for a, b in zip(got[1], want[1], strict=True)) < 1e-4, what
-
-
-async def answer(
-    engine: EmbeddedEngine, prompt: Prompt, adapters: tuple[AdapterRef, ...] = (), count: int = NUM_TOKENS
-) -> tuple[list[int], list[float]]:
-    """Greedy tokens and their log-probabilities."""
-    sampling = Sampling(temperature=0.0, max_tokens=count, logprobs=0, ignore_eos=True)
-    request = GenerateRequest(request_id="test", prompt=prompt, adapters=adapters, sampling=sampling)
-    tokens, logprobs = [], []
-    async for event in engine.generate(request):
-        tokens += [token.token_id for token in event.tokens]
-        logprobs += [token.logprob for token in event.tokens]
-    return tokens, logprobs
+from tests.oracle.answers import COMBINATIONS, PROMPTS, Answers, oracle_answers
+from tests.oracle.asking import NUM_TOKENS, answer, close
+from tests.oracle.world import LABELS, World, chat, greedy, label_probabilities, picture
 
 
 @pytest.fixture(scope="module")
-def oracle(world: World):
-    """Every answer, computed by PEFT or by dense arithmetic, one model at a time."""
-    probe = EmbeddedEngine(EmbeddedConfig(base_path=str(world.base)))
-    prepared = [probe._prompts.prepare(prompt) for prompt in PROMPTS]
-    answers = {(): [greedy(world.load(), p, NUM_TOKENS) for p in prepared]}
-    for name in FAMILIES:
-        model = world.peft(name)
-        answers[((name, 1.0),)] = [greedy(model, p, NUM_TOKENS) for p in prepared]
-    for shares in COMBINATIONS:
-        model = world.dense(shares)
-        answers[tuple(shares.items())] = [greedy(model, p, NUM_TOKENS) for p in prepared]
-    return answers
+def oracle(world: World) -> Answers:
+    return oracle_answers(world)
 
 
 def test_the_oracle_tells_adapters_apart(oracle):
