@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lora_runtime.engine.protocol import (
     AdapterInfo,
+    AdapterRef,
     Alternative,
     ChatPrompt,
     Classification,
@@ -134,6 +135,12 @@ class FakeEngine:
             logits=(-1.0, 1.0) if is_yes else (1.0, -1.0),
             usage=Usage(prompt_tokens=len(words), completion_tokens=0),
         )
+
+    async def pin(self, adapter: AdapterRef) -> None:
+        self._used[adapter.version] = None
+
+    async def unpin(self, version: str) -> None:
+        """Nothing leaves a fake engine's slots."""
 
     def stats(self) -> EngineStats:
         return EngineStats(

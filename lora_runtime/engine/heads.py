@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from lora_runtime.combine import sum_heads
 from lora_runtime.engine.protocol import AdapterRef
 from lora_runtime.errors import InvalidCombination, NotFound
-from lora_runtime.weights import AdapterWeights, Head
+from lora_runtime.weights import Head
 
 
-def select_head(adapters: tuple[AdapterRef, ...], weights: Mapping[str, AdapterWeights], wanted: str | None) -> Head:
+class CarriesHeads(Protocol):
+    """An adapter's weights, or what is remembered of them."""
+
+    @property
+    def heads(self) -> Mapping[str, Head]: ...
+
+
+def select_head(adapters: tuple[AdapterRef, ...], weights: Mapping[str, CarriesHeads], wanted: str | None) -> Head:
     """The head named ``wanted``, or the only one, of the target's adapters.
 
     A head has no base to differ from, so where several adapters carry it their combination is

@@ -8,7 +8,8 @@ Shape legend: T tokens, I in features, O out features, R rank, V vocabulary, D e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_runtime.engine import ops
+from lora_runtime.engine.matrix import Matrix
 from lora_runtime.engine.routing import Router, Routing, Space
 from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule, TokenRows
 
@@ -35,8 +37,9 @@ class SlotLayer(nn.Module):
         self._saved: dict[int, dict[str, Tensor]] = {}
         self._rows: dict[int, _RowDelta] = {}
         self._shift: dict[int, Tensor] = {}
-        self._owners: frozenset[int] = frozenset()
         self._packed: ops.Packed | None = None
+        self._owners = self._low_rank_owners = self._saved_owners = frozenset[int]()
+        self._rows_owners = self._shift_owners = frozenset[int]()
 
     @property
     def weight(self) -> Tensor:
@@ -93,16 +96,19 @@ class SlotLayer(nn.Module):
         self._shift[slot] = (shift if known is None else known.float() + shift).to(self.weight.dtype)
 
     def _changed(self) -> None:
-        self._owners = frozenset(self._factors) | frozenset(self._saved) | frozenset(self._rows)
-        self._owners |= frozenset(self._shift)
+        self._low_rank_owners = frozenset(self._factors)
+        self._saved_owners = frozenset(self._saved)
+        self._rows_owners = frozenset(self._rows)
+        self._shift_owners = frozenset(self._shift)
+        self._owners = self._low_rank_owners | self._saved_owners | self._rows_owners | self._shift_owners
         self._packed = None
 
-    def _routing(self) -> Routing | None:
+    def current_routing(self) -> Routing | None:
         """This step's routing, or None where only the base's own weights matter."""
         if not self._owners:
             return None
         routing = self._router.get(self._space)
-        return None if routing is None or self._owners.isdisjoint(routing.slots) else routing
+        return None if routing is None or not routing.active(self._owners) else routing
 
     def _pack(self, slots: tuple[int, ...]) -> ops.Packed:
         """Active slots rarely change from one step to the next, so the last packing is kept."""
@@ -113,23 +119,27 @@ class SlotLayer(nn.Module):
     def _replaced(self, slot: int, x: Tensor) -> Tensor:
         return cast(Tensor, functional_call(self.base, self._saved[slot], (x,), strict=False))
 
+    def own(self, x: Tensor) -> Tensor:
+        """The base's output."""
+        return cast(Tensor, self.base(x))
+
     def _full(self, x: Tensor, routing: Routing) -> Tensor:
         """The leaf's output with its full replacements, before any low-rank part."""
-        saving = routing.active(frozenset(self._saved)) if self._saved else ()
+        saving = routing.active(self._saved_owners)
         if not saving:
-            return cast(Tensor, self.base(x))
-        return ops.blend(x, routing, saving, self.base, self._replaced)
+            return self.own(x)
+        return ops.blend(x, routing, saving, self.own, self._replaced)
 
     def _add_low_rank(self, y: Tensor, x: Tensor, routing: Routing) -> None:
         """In place on ``y`` (T, O), from ``x`` (T, I)."""
-        if self._factors and (slots := routing.active(frozenset(self._factors))):
+        if slots := routing.active(self._low_rank_owners):
             packed = self._pack(slots)
             launch = LAUNCH_FLOPS.get(x.device.type, LAUNCH_FLOPS["cuda"])
             if ops.prefers_runs(packed, routing, x.shape[1] + y.shape[1], launch):
                 ops.add_lora_by_run(y, x, self._factors, routing)
             else:
                 ops.add_lora_dense(y, x, packed, routing)
-        if self._shift and (slots := routing.active(frozenset(self._shift))):
+        if slots := routing.active(self._shift_owners):
             stacked = torch.stack([self._shift[slot] for slot in slots])
             y.addmm_(routing.weights(slots).to(y.dtype), stacked)
 
@@ -137,14 +147,33 @@ class SlotLayer(nn.Module):
 class SlotLinear(SlotLayer):
     """A Linear. Token rows are rows of its weight (a tied head under trained tokens)."""
 
+    def __init__(
+        self,
+        base: nn.Module,
+        space: Space,
+        router: Router,
+        *,
+        prepack: bool = False,
+        own: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """``own`` computes the base's output, where another runtime holds the base's weight."""
+        super().__init__(base, space, router)
+        self._prepack = prepack
+        self._own_product = own or partial(Matrix(self.weight, prepack=prepack), bias=self.bias)
+        self._matrices: dict[int, Matrix] = {}
+
+    def clear(self, slot: int) -> None:
+        self._matrices.pop(slot, None)
+        super().clear(slot)
+
     def forward(self, x: Tensor) -> Tensor:
-        routing = self._routing()
+        routing = self.current_routing()
         if routing is None:
-            return cast(Tensor, self.base(x))
+            return self.own(x)
         flat = x.reshape(-1, x.shape[-1])
         y = self._full(flat, routing)
         self._add_low_rank(y, flat, routing)
-        for slot in routing.active(frozenset(self._rows)) if self._rows else ():
+        for slot in routing.active(self._rows_owners):
             group, rows = routing.group(slot), self._rows[slot]
             shares = ops.scaled(nn.functional.linear(flat[group.index], rows.delta[:-1]), group)
             part = y[group.index]
@@ -152,50 +181,97 @@ class SlotLinear(SlotLayer):
             y[group.index] = part
         return y.reshape(*x.shape[:-1], -1)
 
+    def _fill_saved(self, slot: int, saved: SavedModule) -> None:
+        super()._fill_saved(slot, saved)
+        parameters = self._saved.get(slot)
+        if parameters is not None:
+            self._matrices[slot] = Matrix(parameters.pop("weight"), prepack=self._prepack)
+
+    def own(self, x: Tensor) -> Tensor:
+        return self._own_product(x)
+
     def _replaced(self, slot: int, x: Tensor) -> Tensor:
-        parameters = self._saved[slot]
-        return nn.functional.linear(x, parameters.get("weight", self.weight), parameters.get("bias", self.bias))
+        return self._matrices[slot](x, self._saved[slot].get("bias", self.bias))
 
 
 class SlotEmbedding(SlotLayer):
     """An embedding table: ids (…) in, vectors (…, D) out."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        routing = self._routing()
+        routing = self.current_routing()
         if routing is None:
-            return cast(Tensor, self.base(ids))
+            return self.own(ids)
         flat = ids.reshape(-1)
         y = self._full(flat, routing)
-        for slot in routing.active(frozenset(self._factors)) if self._factors else ():
+        for slot in routing.active(self._low_rank_owners):
             group, member = routing.group(slot), self._factors[slot]
             hidden = nn.functional.embedding(flat[group.index], member.a.T)
             y[group.index] += ops.scaled(hidden @ member.b, group)
-        for slot in routing.active(frozenset(self._rows)) if self._rows else ():
+        for slot in routing.active(self._rows_owners):
             group, rows = routing.group(slot), self._rows[slot]
             y[group.index] += ops.scaled(rows.delta[rows.position[flat[group.index]]], group)
         return y.reshape(*ids.shape, -1)
 
+    def _replaced(self, slot: int, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self._saved[slot]["weight"])
+
 
 class SlotNorm(SlotLayer):
-    """A LayerNorm or RMSNorm over the last dimension: linear in its own weights."""
+    """A LayerNorm or RMSNorm over the last dimension: linear in its own weights.
+
+    Each token gets its own blend of the versions' weights, so the input is normalised once.
+    """
+
+    def __init__(self, base: nn.Module, space: Space, router: Router) -> None:
+        super().__init__(base, space, router)
+        self._epsilon = cast("float | None", base.eps if hasattr(base, "eps") else base.variance_epsilon)
+        self._versions: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+
+    def _changed(self) -> None:
+        super()._changed()
+        self._versions = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        routing = self._routing()
+        routing = self.current_routing()
         if routing is None:
-            return cast(Tensor, self.base(x))
+            return self.own(x)
         flat = x.reshape(-1, x.shape[-1])
         y = self._full(flat, routing)
         self._add_low_rank(y, flat, routing)
         return y.reshape(x.shape)
+
+    def _full(self, x: Tensor, routing: Routing) -> Tensor:
+        saving = routing.active(self._saved_owners)
+        if not saving:
+            return self.own(x)
+        if saving not in self._versions:
+            weights = self._stacked(saving, "weight", self.weight)
+            biases = None if self.bias is None else self._stacked(saving, "bias", self.bias)
+            self._versions = {saving: (weights, biases)}
+        weight, bias = self._versions[saving]
+        shares = routing.shares(saving)
+        y = self._normalised(x) * (shares @ weight)
+        return y if bias is None else y.addmm_(shares, bias)
+
+    def _stacked(self, saving: tuple[int, ...], parameter: str, own: Tensor) -> Tensor:
+        """The base's version ``own`` and those of ``saving``, (S + 1, D)."""
+        return torch.stack([own, *(self._saved[slot].get(parameter, own) for slot in saving)])
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """``x`` (T, D) before any weight; in fp32 inside, as transformers has it."""
+        shape = (x.shape[-1],)
+        if isinstance(self.base, nn.LayerNorm):
+            return nn.functional.layer_norm(x, shape, eps=self.base.eps)
+        return nn.functional.rms_norm(x.float(), shape, eps=self._epsilon).to(x.dtype)
 
 
 class SlotConv(SlotLayer):
     """A convolution whose kernel covers its whole input (a patch embedding): T patches in, T vectors out."""
 
     def forward(self, x: Tensor) -> Tensor:
-        routing = self._routing()
+        routing = self.current_routing()
         if routing is None:
-            return cast(Tensor, self.base(x))
+            return self.own(x)
         full = self._full(x, routing)
         y = full.reshape(x.shape[0], -1)
         self._add_low_rank(y, x.reshape(x.shape[0], -1), routing)
@@ -229,9 +305,9 @@ def space_of(name: str) -> Space:
     return "patch" if ".visual." in f".{name}" else "text"
 
 
-def _wrap(leaf: nn.Module, space: Space, router: Router) -> SlotLayer | None:
+def _wrap(leaf: nn.Module, space: Space, router: Router, *, prepack: bool) -> SlotLayer | None:
     if isinstance(leaf, nn.Linear):
-        return SlotLinear(leaf, space, router)
+        return SlotLinear(leaf, space, router, prepack=prepack)
     if isinstance(leaf, nn.Embedding):
         return SlotEmbedding(leaf, space, router)
     if isinstance(leaf, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -269,11 +345,18 @@ class SlotLayers:
             self._layers[name].clear(slot)
 
 
-def install(model: nn.Module, router: Router) -> SlotLayers:
-    """Replace every leaf of ``model`` by its slot layer, in place. Names are the model's own."""
+def install(model: nn.Module, router: Router, *, prepack: bool = False) -> SlotLayers:
+    """Replace every leaf of ``model`` by its slot layer, in place. Names are the model's own.
+
+    ``prepack``: keep a second copy of each linear weight in the layout that CPUs multiply fastest with;
+    gradients do not pass through it.
+    """
     layers: dict[str, SlotLayer] = {}
     for name, leaf in list(model.named_modules()):
-        if next(leaf.children(), None) is None and (layer := _wrap(leaf, space_of(name), router)) is not None:
+        if (
+            next(leaf.children(), None) is None
+            and (layer := _wrap(leaf, space_of(name), router, prepack=prepack)) is not None
+        ):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
             layers[name] = layer

@@ -69,14 +69,9 @@ def prefers_runs(packed: Packed, routing: Routing, width: int, launch_flops: flo
 
     Counts multiply-adds; ``width`` is I + O, ``launch_flops`` what one kernel launch is worth.
     """
-    rank_of = dict(zip(packed.slots, packed.ranks, strict=True))
+    token_ranks, num_parts = routing.low_rank_work(packed.slots, packed.ranks)
     dense = float(routing.num_tokens * sum(packed.ranks) * width) + 3 * launch_flops
-    by_run = 0.0
-    for start, stop, signature in routing.runs:
-        for slot, _ in signature:
-            if slot in rank_of:
-                by_run += (stop - start) * rank_of[slot] * width + 2 * launch_flops
-    return by_run < dense
+    return token_ranks * width + 2 * num_parts * launch_flops < dense
 
 
 def blend(

@@ -26,13 +26,14 @@ class Prepared:
 
     ``ids``: token ids, image placeholders expanded. ``positions`` (3, len(ids)): temporal, height
     and width position of each token. ``next_position``: what the first generated token takes.
-    ``images`` in order of their placeholders.
+    ``images`` in order of their placeholders, each of which is ``image_token`` repeated.
     """
 
     ids: tuple[int, ...]
     positions: Tensor
     next_position: int
     images: tuple[Patches, ...]
+    image_token: int
 
 
 class PromptProcessor:
@@ -67,7 +68,7 @@ class PromptProcessor:
         if not ids:
             raise InvalidRequest("The prompt is empty; send at least one token.", param="prompt")
         positions, following = self._place(ids, images)
-        return Prepared(tuple(ids), positions, following, images)
+        return Prepared(tuple(ids), positions, following, images, self._image_id)
 
     def _decode(self, messages: Sequence[Message]) -> tuple[Patches, ...]:
         parts = [part for message in messages for part in message.parts if isinstance(part, ImagePart)]

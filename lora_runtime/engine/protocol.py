@@ -10,7 +10,7 @@ Closing the iterator of ``generate`` (or cancelling its task) cancels the reques
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -223,7 +223,24 @@ class Engine(Protocol):
     async def classify(self, request: ClassifyRequest) -> Classification:
         """Exact label probabilities. Raises NotFound when no adapter named carries the head."""
 
+    async def pin(self, adapter: AdapterRef) -> None:
+        """Bring ``adapter`` (its weight does not matter) into a slot, to stay there until :meth:`unpin`.
+
+        Raises AdapterRejected or AdapterMissing, and Overloaded while requests and pins hold every slot.
+        """
+
+    async def unpin(self, version: str) -> None:
+        """Let ``version`` be evicted again; nothing happens where it is not pinned."""
+
     def stats(self) -> EngineStats: ...
 
     async def check_health(self) -> None:
         """Raise EngineFault when the engine can no longer serve."""
+
+
+def summed(adapters: Iterable[AdapterRef]) -> dict[str, float]:
+    """Weight by version, none of them zero; two names of one content add up."""
+    shares: dict[str, float] = {}
+    for ref in adapters:
+        shares[ref.version] = shares.get(ref.version, 0.0) + ref.weight
+    return {version: weight for version, weight in shares.items() if weight != 0.0}

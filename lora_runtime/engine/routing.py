@@ -64,29 +64,55 @@ class Routing:
         self.runs = tuple(_merge(signatures))
         self.num_tokens = self.runs[-1].stop if self.runs else 0
         self.slots: frozenset[int] = frozenset(slot for run in self.runs for slot, _ in run.signature)
+        self._active: dict[frozenset[int], tuple[int, ...]] = {}
+        self._work: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, int]] = {}
         self._masks: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
+        self._shares: dict[tuple[int, ...], Tensor] = {}
         self._groups: dict[int, Group] = {}
         self._base_groups: dict[tuple[int, ...], Group] = {}
 
     def active(self, owners: frozenset[int]) -> tuple[int, ...]:
         """Slots that are both used in this step and in ``owners``, ascending."""
-        return tuple(sorted(self.slots & owners))
+        found = self._active.get(owners)
+        if found is None:
+            found = self._active[owners] = tuple(sorted(self.slots & owners))
+        return found
 
     def mask(self, slots: tuple[int, ...], ranks: tuple[int, ...]) -> Tensor:
         """M (T, R): token t's weight on slot j, repeated ``ranks[j]`` times."""
         key = (slots, ranks)
         found = self._masks.get(key)
         if found is None:
-            rows = [self._weights_row(run.signature, slots) for run in self.runs]
-            per_run = torch.tensor(rows, dtype=self.dtype).repeat_interleave(torch.tensor(ranks), dim=1)
-            lengths = torch.tensor([run.stop - run.start for run in self.runs])
-            found = per_run.repeat_interleave(lengths, dim=0).to(self.device)
-            self._masks[key] = found
+            per_run = torch.tensor([self._weights_row(run.signature, slots) for run in self.runs], dtype=self.dtype)
+            found = self._masks[key] = self._per_token(per_run.repeat_interleave(torch.tensor(ranks), dim=1))
+        return found
+
+    def low_rank_work(self, slots: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, int]:
+        """Σ tokens × rank over each run's own slots, and how many (run, slot) pairs there are."""
+        key = (slots, ranks)
+        found = self._work.get(key)
+        if found is None:
+            rank_of = dict(zip(slots, ranks, strict=True))
+            parts = [(run, slot) for run in self.runs for slot, _ in run.signature if slot in rank_of]
+            found = sum((run.stop - run.start) * rank_of[slot] for run, slot in parts), len(parts)
+            self._work[key] = found
         return found
 
     def weights(self, slots: tuple[int, ...]) -> Tensor:
         """(T, S): token t's weight on each slot."""
         return self.mask(slots, (1,) * len(slots))
+
+    def shares(self, saving: tuple[int, ...]) -> Tensor:
+        """(T, 1 + S): the share 1 - Σw of a leaf's own weights, then the weight of each of ``saving``."""
+        found = self._shares.get(saving)
+        if found is None:
+            rows = []
+            for run in self.runs:
+                row = self._weights_row(run.signature, saving)
+                own = 1.0 - sum(row)
+                rows.append([own if abs(own) > NEGLIGIBLE else 0.0, *row])
+            found = self._shares[saving] = self._per_token(torch.tensor(rows, dtype=self.dtype))
+        return found
 
     def group(self, slot: int) -> Group:
         """The tokens whose signature has ``slot``, and their weights."""
@@ -104,6 +130,11 @@ class Routing:
             shares = [(run, 1.0 - sum(w for s, w in run.signature if s in members)) for run in self.runs]
             found = self._base_groups[saving] = self._gather(shares)
         return found
+
+    def _per_token(self, per_run: Tensor) -> Tensor:
+        """Rows of runs, repeated for each of their tokens."""
+        lengths = torch.tensor([run.stop - run.start for run in self.runs])
+        return per_run.repeat_interleave(lengths, dim=0).to(self.device)
 
     @staticmethod
     def _weights_row(signature: Signature, slots: tuple[int, ...]) -> list[float]:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lora_runtime.errors import InvalidCombination, Overloaded
+from lora_runtime.errors import InvalidCombination
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,11 @@ class SlotTable:
         """Whether all of ``versions`` are resident."""
         return all(version in self._residents for version in versions)
 
+    def can_acquire(self, versions: Iterable[str]) -> bool:
+        """Whether :meth:`acquire` would succeed now."""
+        wanted = frozenset(versions)
+        return self._victims(len(wanted - set(self._residents)) - len(self._free), wanted) is not None
+
     def acquire(self, versions: Iterable[str]) -> Lease | None:
         """Hold slots for all of ``versions``, or for none (None: too many are held by others)."""
         wanted = sorted(set(versions))
@@ -112,12 +117,14 @@ class SlotTable:
         self._free.append(resident.slot)
         return resident.slot
 
-    def pin(self, version: str, pinned: bool = True) -> None:
-        """Keep a resident version from eviction, or let it go again. Raises Overloaded if it is not resident."""
-        resident = self._residents.get(version)
-        if resident is None:
-            raise Overloaded("Only a resident adapter can be pinned; serve one request with it first.")
-        resident.pinned = pinned
+    def pin(self, version: str) -> None:
+        """Keep a resident version from eviction. Raises KeyError if it is not resident."""
+        self._residents[version].pinned = True
+
+    def unpin(self, version: str) -> None:
+        """Let a version be evicted again; nothing happens where it is not resident."""
+        if version in self._residents:
+            self._residents[version].pinned = False
 
     def _victims(self, count: int, wanted: frozenset[str]) -> list[str] | None:
         """The ``count`` versions to evict, oldest first; None when that many may not leave."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
-from lora_runtime.engine.embedded.sampling import Chosen
 from lora_runtime.engine.protocol import Alternative, Token
 
 
@@ -28,18 +28,14 @@ class TokenText:
             return str(piece).encode()
         return bytes(self._byte_of[char] for char in piece)
 
-    def describe(self, chosen: Chosen) -> Token:
-        """A chosen token as callers see it."""
+    def describe(self, token_id: int, logprob: float | None, best: Sequence[tuple[int, float]]) -> Token:
+        """A chosen token as callers see it; ``best`` are (token, log-probability), best first."""
         top = tuple(
-            Alternative(token_id=i, text=self._text(i), token_bytes=self.bytes_of(i), logprob=logprob)
-            for i, logprob in chosen.top
+            Alternative(token_id=i, text=self._text(i), token_bytes=self.bytes_of(i), logprob=other)
+            for i, other in best
         )
         return Token(
-            token_id=chosen.token_id,
-            text=self._text(chosen.token_id),
-            token_bytes=self.bytes_of(chosen.token_id),
-            logprob=chosen.logprob,
-            top=top,
+            token_id=token_id, text=self._text(token_id), token_bytes=self.bytes_of(token_id), logprob=logprob, top=top
         )
 
     def _text(self, token_id: int) -> str:

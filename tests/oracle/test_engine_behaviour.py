@@ -44,9 +44,7 @@ HELLO = chat("hello")
 
 def request(prompt: Prompt = HELLO, adapters: tuple[AdapterRef, ...] = (), timeout_s: float | None = None, **sampling):
     settings = Sampling(**{"temperature": 0.0, "max_tokens": 4, "ignore_eos": True, **sampling})
-    return GenerateRequest(
-        request_id="test", prompt=prompt, adapters=adapters, sampling=settings, timeout_s=timeout_s
-    )
+    return GenerateRequest(request_id="test", prompt=prompt, adapters=adapters, sampling=settings, timeout_s=timeout_s)
 
 
 async def run(engine: EmbeddedEngine, asked: GenerateRequest) -> list:
@@ -172,6 +170,29 @@ async def test_an_adapter_that_waits_for_a_slot_is_not_starved(world):
     await asyncio.gather(*hogs)
     await settled(engine)
     await engine.close()
+
+
+async def test_a_pinned_adapter_stays_until_it_is_unpinned(world):
+    engine = EmbeddedEngine(EmbeddedConfig(base_path=str(world.base), max_slots=2))
+    await engine.start()
+    kept = world.ref("plain")
+    await engine.pin(kept)
+    for name in ("tower", "rslora", "saved_head"):
+        await run(engine, request(adapters=(world.ref(name),)))
+        assert kept.version in engine.stats().resident
+    with pytest.raises(InvalidCombination, match="at most 1"):
+        await run(engine, request(adapters=(world.ref("tower"), world.ref("rslora"))))
+    await engine.pin(world.ref("tower"))
+    with pytest.raises(Overloaded):
+        await engine.pin(world.ref("rslora"))
+    with pytest.raises(AdapterMissing):
+        await engine.pin(AdapterRef(version="x", path="/nowhere", name="nowhere", weight=1.0))
+    await engine.unpin(kept.version)
+    await run(engine, request(adapters=(world.ref("rslora"),)))
+    assert kept.version not in engine.stats().resident
+    await engine.close()
+    with pytest.raises(EngineFault):
+        await engine.pin(kept)
 
 
 async def test_an_idle_engine_rests(engine):

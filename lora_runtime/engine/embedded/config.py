@@ -20,6 +20,8 @@ class EmbeddedConfig:
     ``max_waiting``: requests queued beyond those that run, before new ones are refused.
     ``max_image_pixels`` bounds an image before it is decoded, ``max_images`` those of a request.
     ``num_threads``: torch's threads on the CPU (None: torch's own choice).
+    ``prepack``: on the CPU, keep linear weights a second time in the layout it multiplies fastest with
+    (more than twice the speed, twice the memory of those weights).
     """
 
     base_path: str
@@ -35,6 +37,7 @@ class EmbeddedConfig:
     max_image_pixels: int = 16_000_000
     max_images: int = 16
     num_threads: int | None = None
+    prepack: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_batched_tokens", "max_slots", "max_images", "max_image_pixels"):

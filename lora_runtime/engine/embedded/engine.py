@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,13 +14,12 @@ import torch
 
 from lora_runtime.checkpoint import read_adapter
 from lora_runtime.engine.embedded.config import EmbeddedConfig
-from lora_runtime.engine.embedded.heads import select_head
 from lora_runtime.engine.embedded.host import HostCache
 from lora_runtime.engine.embedded.loop import StepLoop
 from lora_runtime.engine.embedded.runner import ModelRunner
 from lora_runtime.engine.embedded.sampling import RowSampler
 from lora_runtime.engine.embedded.sequence import Job, Outcome, Sequence
-from lora_runtime.engine.embedded.text import TextStream, TokenText
+from lora_runtime.engine.heads import select_head
 from lora_runtime.engine.images import ImageProcessor
 from lora_runtime.engine.prompts import Prepared, PromptProcessor
 from lora_runtime.engine.protocol import (
@@ -34,7 +33,9 @@ from lora_runtime.engine.protocol import (
     Prompt,
     Sampling,
     TokenEvent,
+    summed,
 )
+from lora_runtime.engine.text import TextStream, TokenText
 from lora_runtime.errors import ContextOverflow, DeadlineExceeded, EngineFault, InvalidRequest, Overloaded
 from lora_runtime.weights import AdapterWeights, Head
 
@@ -151,6 +152,18 @@ class EmbeddedEngine:
         assert isinstance(outcome, Classification)
         return outcome
 
+    async def pin(self, adapter: AdapterRef) -> None:
+        with self._admission():
+            weights = await self._host.get(adapter)
+            done: Future[None] = Future()
+            self._loop.pin(adapter.version, weights, done)
+            await asyncio.wrap_future(done)
+
+    async def unpin(self, version: str) -> None:
+        done: Future[None] = Future()
+        self._loop.unpin(version, done)
+        await asyncio.wrap_future(done)
+
     def stats(self) -> EngineStats:
         cache = self._runner.cache
         return EngineStats(
@@ -225,7 +238,7 @@ class EmbeddedEngine:
             with suppress(RuntimeError):  # the caller's event loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
-        shares = _summed(adapters)
+        shares = summed(adapters)
         return Job(
             request_id=request_id,
             prepared=prepared,
@@ -249,14 +262,6 @@ class EmbeddedEngine:
     def _count_load(self, seconds: float) -> None:
         self._counters["adapter_loads"] += 1
         self._counters["adapter_load_seconds"] += seconds  # type: ignore[assignment]  # Counter holds floats as well
-
-
-def _summed(adapters: tuple[AdapterRef, ...]) -> dict[str, float]:
-    """Weight by version; two names of one content add up."""
-    shares: dict[str, float] = {}
-    for ref in adapters:
-        shares[ref.version] = shares.get(ref.version, 0.0) + ref.weight
-    return {version: weight for version, weight in shares.items() if weight != 0.0}
 
 
 def _deadline(timeout_s: float | None) -> float | None:

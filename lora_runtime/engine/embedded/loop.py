@@ -10,7 +10,9 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -21,13 +23,13 @@ from lora_runtime.engine.embedded.encodings import ImageCache
 from lora_runtime.engine.embedded.runner import ModelRunner
 from lora_runtime.engine.embedded.sampling import Chosen, choose
 from lora_runtime.engine.embedded.sequence import Job, Sequence
-from lora_runtime.engine.embedded.text import TokenText
 from lora_runtime.engine.images import Patches
 from lora_runtime.engine.protocol import Classification, FinishReason, TokenEvent
 from lora_runtime.engine.routing import Signature
-from lora_runtime.engine.slots import SlotTable
+from lora_runtime.engine.slots import Lease, SlotTable
+from lora_runtime.engine.text import TokenText
 from lora_runtime.errors import DeadlineExceeded, EngineFault, LoomError, Overloaded
-from lora_runtime.weights import Head, is_finite
+from lora_runtime.weights import AdapterWeights, Head, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +62,10 @@ class StepLoop:
         self._clock = clock
         self._waiting: deque[Job] = deque()
         self._live: set[Job] = set()
-        self._inbox: deque[tuple[Callable[[Job], None], Job]] = deque()
+        self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._is_closing = False
+        self._is_ended = False
         self._blocked_since: float | None = None
         self._faults_in_a_row = 0
         self._thread = threading.Thread(target=self._run, name="loom-step-loop", daemon=True)
@@ -79,11 +82,27 @@ class StepLoop:
             self._thread.join()
 
     def submit(self, job: Job) -> None:
-        self._post(self._accept, job)
+        """Raises EngineFault once the loop has ended."""
+        self._post(lambda: self._accept(job))
 
     def cancel(self, job: Job) -> None:
         """End ``job`` without a further outcome; nothing happens if it is over."""
-        self._post(self._drop, job)
+        with suppress(EngineFault):  # what has ended has dropped every job
+            self._post(lambda: self._drop(job))
+
+    def pin(self, version: str, weights: AdapterWeights, done: Future[None]) -> None:
+        """Put ``version`` into a slot for good; ``done`` tells when, or why not. Raises as :meth:`submit`."""
+        self._post(lambda: self._pin(version, weights, done))
+
+    def unpin(self, version: str, done: Future[None]) -> None:
+        """Let ``version`` be evicted again; ``done`` tells when. Raises as :meth:`submit`."""
+
+        def unpin() -> None:
+            self.slots.unpin(version)
+            if done.set_running_or_notify_cancel():
+                done.set_result(None)
+
+        self._post(unpin)
 
     @property
     def is_healthy(self) -> bool:
@@ -101,9 +120,11 @@ class StepLoop:
     def kv_used_tokens(self) -> int:
         return sum(sequence.num_computed for sequence in tuple(self._batch.running))
 
-    def _post(self, action: Callable[[Job], None], job: Job) -> None:
+    def _post(self, action: Callable[[], None]) -> None:
         with self._wake:
-            self._inbox.append((action, job))
+            if self._is_ended:
+                raise EngineFault("The engine is shut down.")
+            self._inbox.append(action)
             self._wake.notify()
 
     def _run(self) -> None:
@@ -121,6 +142,10 @@ class StepLoop:
                 self._faults_in_a_row += 1
                 log.exception("a step failed")
                 self._fail_plan(plan, error)
+        with self._wake:
+            self._is_ended = True
+        for action in self._inbox:
+            action()
         for job in list(self._live):
             self._fail(job, EngineFault("The engine was shut down while the request ran. Send it again."))
 
@@ -131,8 +156,8 @@ class StepLoop:
                 self._wake.wait()
             actions, self._inbox = self._inbox, deque()
             is_closing = self._is_closing
-        for action, job in actions:
-            action(job)
+        for action in actions:
+            action()
         return not is_closing
 
     def _accept(self, job: Job) -> None:
@@ -181,9 +206,10 @@ class StepLoop:
             if job.lease is None:
                 return False
             try:
-                self._fill_slots(job)
+                self._fill(job.lease, job.weights)
             except Exception as error:  # one adapter's tensors must not take the loop down
                 log.exception("an adapter could not be put into its slot")
+                job.lease = None
                 self._fail(job, EngineFault(f"An adapter of this request could not be loaded: {error}"))
                 return True
         signature = job.signature()
@@ -195,19 +221,37 @@ class StepLoop:
                 self._batch.join(sequence)
         return all(sequence.lane >= 0 for sequence in job.sequences)
 
-    def _fill_slots(self, job: Job) -> None:
-        assert job.lease is not None
+    def _fill(self, lease: Lease, weights: Mapping[str, AdapterWeights]) -> None:
+        """Carry out the lease's moves; on failure the lease is over and its slots are clear."""
         try:
-            for move in job.lease.moves:
-                self._runner.layers.fill(move.slot, job.weights[move.version])
+            for move in lease.moves:
+                self._runner.layers.fill(move.slot, weights[move.version])
         except Exception:
-            for move in job.lease.moves:
+            for move in lease.moves:
                 self._runner.layers.clear(move.slot)
-            self.slots.abandon(job.lease)
-            job.lease = None
+            self.slots.abandon(lease)
             raise
-        self.counters["slot_loads"] += len(job.lease.moves)
-        self.counters["slot_evictions"] += sum(move.evicted is not None for move in job.lease.moves)
+        self.counters["slot_loads"] += len(lease.moves)
+        self.counters["slot_evictions"] += sum(move.evicted is not None for move in lease.moves)
+
+    def _pin(self, version: str, weights: AdapterWeights, done: Future[None]) -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        lease = self.slots.acquire([version])
+        if lease is None:
+            done.set_exception(
+                Overloaded("Every slot is in use or pinned; try again shortly, or unpin one.", retry_after_s=1)
+            )
+            return
+        try:
+            self._fill(lease, {version: weights})
+        except Exception as error:  # one adapter's tensors must not take the loop down
+            log.exception("an adapter could not be put into its slot")
+            done.set_exception(EngineFault(f"The adapter could not be loaded: {error}"))
+            return
+        self.slots.pin(version)
+        self.slots.release(lease)
+        done.set_result(None)
 
     def _step(self, plan: StepPlan[Sequence]) -> None:
         # Neighbours with equal targets make longer runs, and fewer of them.
@@ -261,7 +305,7 @@ class StepLoop:
             TokenEvent(
                 choice=sequence.choice,
                 text=text,
-                tokens=() if is_eos else (self._token_text.describe(chosen),),
+                tokens=() if is_eos else (self._token_text.describe(chosen.token_id, chosen.logprob, chosen.top),),
                 finish_reason=reason,
                 usage=job.usage() if is_last else None,
             )

@@ -38,7 +38,7 @@ class ModelRunner:
         self.eos_ids = _eos_ids(self.model)
         self.layout = BaseLayout.from_model(self.model)
         self.router = Router()
-        self.layers: SlotLayers = install(self.model, self.router)
+        self.layers: SlotLayers = install(self.model, self.router, prepack=config.prepack)
         register_attention()
         self._language: Any = self.model.model.language_model
         self._language.config._attn_implementation = ATTENTION_NAME

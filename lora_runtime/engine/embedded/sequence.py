@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lora_runtime.engine.embedded.encodings import ImageCache
 from lora_runtime.engine.embedded.sampling import RowSampler
-from lora_runtime.engine.embedded.text import TextStream
 from lora_runtime.engine.images import Patches
 from lora_runtime.engine.prompts import Prepared
 from lora_runtime.engine.protocol import Classification, TokenEvent, Usage
 from lora_runtime.engine.routing import Signature
 from lora_runtime.engine.slots import Lease
+from lora_runtime.engine.text import TextStream
 from lora_runtime.weights import AdapterWeights, Head
 
 Outcome = TokenEvent | Classification | Exception

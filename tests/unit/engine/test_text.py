@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_runtime.engine.embedded.text import TextStream, TokenText
+from lora_runtime.engine.text import TextStream, TokenText
 from lora_runtime.zoo.base import make_tokenizer
 
 TOKENIZER = make_tokenizer()
