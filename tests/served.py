@@ -42,8 +42,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(folder: Path, settings: dict[str, Any]) -> Iterator[Served]:
-    """Start `loom serve` with ``settings`` and state in ``folder``; stop it with SIGINT, as Ctrl-C does."""
+def served(folder: Path, settings: dict[str, Any], address: str | None = None) -> Iterator[Served]:
+    """Start `loom serve` with ``settings`` and state in ``folder``; stop it with SIGINT, as Ctrl-C does.
+
+    ``address``: the Ray cluster to deploy to, a new local one if None.
+    """
     port = free_port()
     settings = {"state_dir": str(folder / "state"), **settings}
     settings["server"] = {"port": port, **settings.get("server", {})}
@@ -51,7 +54,8 @@ def served(folder: Path, settings: dict[str, Any]) -> Iterator[Served]:
     config.write_text(yaml.safe_dump(settings))
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "serve.cli", "serve", "--config", str(config)],
+            [sys.executable, "-m", "serve.cli", "serve", "--config", str(config)]
+            + (["--address", address] if address else []),
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "COLUMNS": "200"},
