@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,15 @@ LAUNCH_FLOPS = {"cpu": 5e5, "cuda": 5e8}
 """Multiply-adds that one kernel launch is worth, measured roughly; only a choice of path depends on it."""
 
 
+class _Plan(NamedTuple):
+    """What a layer made of one routing."""
+
+    routing: Routing
+    packed: ops.Packed | None
+    mask: Tensor | None
+    by_run: bool
+
+
 class SlotLayer(nn.Module):
     """What all slot layers share: the base leaf, the router, and low-rank factors by slot."""
 
@@ -37,7 +46,7 @@ class SlotLayer(nn.Module):
         self._saved: dict[int, dict[str, Tensor]] = {}
         self._rows: dict[int, _RowDelta] = {}
         self._shift: dict[int, Tensor] = {}
-        self._packed: ops.Packed | None = None
+        self._plan: _Plan | None = None
         self._owners = self._low_rank_owners = self._saved_owners = frozenset[int]()
         self._rows_owners = self._shift_owners = frozenset[int]()
 
@@ -101,7 +110,7 @@ class SlotLayer(nn.Module):
         self._rows_owners = frozenset(self._rows)
         self._shift_owners = frozenset(self._shift)
         self._owners = self._low_rank_owners | self._saved_owners | self._rows_owners | self._shift_owners
-        self._packed = None
+        self._plan = None
 
     def current_routing(self) -> Routing | None:
         """This step's routing, or None where only the base's own weights matter."""
@@ -109,12 +118,6 @@ class SlotLayer(nn.Module):
             return None
         routing = self._router.get(self._space)
         return None if routing is None or not routing.active(self._owners) else routing
-
-    def _pack(self, slots: tuple[int, ...]) -> ops.Packed:
-        """Active slots rarely change from one step to the next, so the last packing is kept."""
-        if self._packed is None or self._packed.slots != slots:
-            self._packed = ops.pack(self._factors, slots)
-        return self._packed
 
     def _replaced(self, slot: int, x: Tensor) -> Tensor:
         return cast(Tensor, functional_call(self.base, self._saved[slot], (x,), strict=False))
@@ -132,16 +135,28 @@ class SlotLayer(nn.Module):
 
     def _add_low_rank(self, y: Tensor, x: Tensor, routing: Routing) -> None:
         """In place on ``y`` (T, O), from ``x`` (T, I)."""
-        if slots := routing.active(self._low_rank_owners):
-            packed = self._pack(slots)
-            launch = LAUNCH_FLOPS.get(x.device.type, LAUNCH_FLOPS["cuda"])
-            if ops.prefers_runs(packed, routing, x.shape[1] + y.shape[1], launch):
-                ops.add_lora_by_run(y, x, self._factors, routing)
-            else:
-                ops.add_lora_dense(y, x, packed, routing)
+        plan = self._plan
+        if plan is None or plan.routing is not routing:
+            plan = self._plan = self._planned(routing, x.shape[1] + y.shape[1], x.device.type)
+        if plan.by_run:
+            ops.add_lora_by_run(y, x, self._factors, routing)
+        elif plan.packed is not None and plan.mask is not None:
+            ops.add_lora_dense(y, x, plan.packed, plan.mask)
         if slots := routing.active(self._shift_owners):
             stacked = torch.stack([self._shift[slot] for slot in slots])
             y.addmm_(routing.weights(slots).to(y.dtype), stacked)
+
+    def _planned(self, routing: Routing, width: int, device: str) -> _Plan:
+        """How ``routing`` is served here; the same steps follow one another while requests decode."""
+        slots = routing.active(self._low_rank_owners)
+        if not slots:
+            return _Plan(routing, None, None, False)
+        known = None if self._plan is None else self._plan.packed
+        packed = known if known is not None and known.slots == slots else ops.pack(self._factors, slots)
+        launch = LAUNCH_FLOPS.get(device, LAUNCH_FLOPS["cuda"])
+        if ops.prefers_runs(packed, routing, width, launch):
+            return _Plan(routing, packed, None, True)
+        return _Plan(routing, packed, routing.mask(packed.slots, packed.ranks), False)
 
 
 class SlotLinear(SlotLayer):

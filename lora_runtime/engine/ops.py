@@ -39,14 +39,14 @@ def pack(factors: Mapping[int, Factors], slots: tuple[int, ...]) -> Packed:
     return Packed(slots, ranks, torch.cat([m.a for m in members]), torch.cat([m.b for m in members]))
 
 
-def add_lora_dense(y: Tensor, x: Tensor, packed: Packed, routing: Routing) -> None:
+def add_lora_dense(y: Tensor, x: Tensor, packed: Packed, mask: Tensor) -> None:
     """y += ((x · Aᵀ) ∘ M) · B, with M[t, block(s)] = w[t, s].
 
-    ``y`` (T, O) is updated in place, ``x`` (T, I). Three kernels whatever the mix; the work grows
-    with the summed rank of all slots in the step, also for tokens that use none of them.
+    ``y`` (T, O) is updated in place, ``x`` (T, I), ``mask`` M (T, R). Three kernels whatever the mix; the
+    work grows with the summed rank of all slots in the step, also for tokens that use none of them.
     """
     hidden = torch.nn.functional.linear(x, packed.a)
-    hidden *= routing.mask(packed.slots, packed.ranks)
+    hidden *= mask
     y.addmm_(hidden, packed.b)
 
 

@@ -61,6 +61,7 @@ class Routing:
         """``signatures``: (signature, number of tokens) in packing order."""
         self.device = device
         self.dtype = dtype
+        self.signatures = tuple(signatures)
         self.runs = tuple(_merge(signatures))
         self.num_tokens = self.runs[-1].stop if self.runs else 0
         self.slots: frozenset[int] = frozenset(slot for run in self.runs for slot, _ in run.signature)

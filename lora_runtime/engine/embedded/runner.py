@@ -17,7 +17,7 @@ from lora_runtime.engine.embedded.config import EmbeddedConfig
 from lora_runtime.engine.embedded.sequence import Sequence
 from lora_runtime.engine.images import Patches
 from lora_runtime.engine.layers import SlotLayers, install
-from lora_runtime.engine.routing import Router, Routing, Signature
+from lora_runtime.engine.routing import Router, Routing, Signature, Space
 from lora_runtime.errors import EngineFault
 from lora_runtime.layout import BaseLayout
 from lora_runtime.weights import Head
@@ -62,9 +62,12 @@ class ModelRunner:
         chosen = [images[i] for i in order]
         counts = [patches.pixels.shape[0] for patches, _ in chosen]
         self.router.set(
-            patch=self._routing([(signature, count) for (_, signature), count in zip(chosen, counts, strict=True)]),
+            patch=self._routing(
+                "patch", [(signature, count) for (_, signature), count in zip(chosen, counts, strict=True)]
+            ),
             merged=self._routing(
-                [(signature, count // self._merge) for (_, signature), count in zip(chosen, counts, strict=True)]
+                "merged",
+                [(signature, count // self._merge) for (_, signature), count in zip(chosen, counts, strict=True)],
             ),
         )
         pixels = torch.cat([patches.pixels for patches, _ in chosen]).to(self.device, self.dtype)
@@ -81,7 +84,7 @@ class ModelRunner:
         """Compute the plan's tokens; returns the last hidden state (T, H) of each, in packing order."""
         sequences = [*plan.decode, *(span.sequence for span in plan.prefill)]
         counts = [1] * len(plan.decode) + [span.stop - span.start for span in plan.prefill]
-        self.router.set(text=self._routing([(s.signature, n) for s, n in zip(sequences, counts, strict=True)]))
+        self.router.set(text=self._routing("text", [(s.signature, n) for s, n in zip(sequences, counts, strict=True)]))
         ids, positions = self._tokens(plan)
         embedded = self._language.embed_tokens(ids[None])
         self._place_images(embedded[0], plan)
@@ -98,7 +101,7 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, hidden: Tensor, signatures: Seq[Signature]) -> Tensor:
         """``hidden`` (B, H), the target of each row; returns (B, V) fp32."""
-        self.router.set(logits=self._routing([(signature, 1) for signature in signatures]))
+        self.router.set(logits=self._routing("logits", [(signature, 1) for signature in signatures]))
         scores: Tensor = self.model.lm_head(hidden)
         return scores.float()
 
@@ -109,7 +112,11 @@ class ModelRunner:
         bias = None if head.bias is None else head.bias.to(self.device, torch.float32)
         return torch.nn.functional.linear(hidden.float(), weight, bias)
 
-    def _routing(self, signatures: Seq[tuple[Signature, int]]) -> Routing:
+    def _routing(self, space: Space, signatures: Seq[tuple[Signature, int]]) -> Routing:
+        """The last step's routing where nothing changed since: while requests decode, most steps are alike."""
+        last = self.router.get(space)
+        if last is not None and last.signatures == tuple(signatures):
+            return last
         return Routing(signatures, device=self.device, dtype=self.dtype)
 
     def _tokens(self, plan: StepPlan[Sequence]) -> tuple[Tensor, Tensor]:
