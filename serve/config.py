@@ -42,7 +42,7 @@ class CheckpointSettings(_Section):
 class EngineSettings(_Section):
     """Which engine, and its own options (see ``loom serve --help`` and the engine's config class)."""
 
-    kind: Literal["auto", "embedded", "fake"] = "auto"
+    kind: Literal["auto", "embedded", "vllm", "fake"] = "auto"
     options: dict[str, Any] = Field(default_factory=dict)
 
 

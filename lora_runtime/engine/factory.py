@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any
 
 from lora_runtime.engine.protocol import Engine
 
-KINDS = ("auto", "embedded", "fake")
+KINDS = ("auto", "embedded", "vllm", "fake")
 
 
 def create_engine(kind: str, options: Mapping[str, Any]) -> Engine:
     """An engine that is not started yet. Raises ValueError naming an unknown kind or option.
 
-    "auto" is the embedded engine.
+    "auto" is vLLM where it is installed, else the embedded engine.
     """
-    if kind in ("auto", "embedded"):
+    if kind == "auto":
+        kind = "embedded" if find_spec("vllm") is None else "vllm"
+    if kind == "vllm":
+        from lora_runtime.engine.vllm.config import VllmConfig
+        from lora_runtime.engine.vllm.engine import VllmEngine
+
+        return VllmEngine(VllmConfig(**_checked(kind, options, VllmConfig)))
+    if kind == "embedded":
         from lora_runtime.engine.embedded.config import EmbeddedConfig
         from lora_runtime.engine.embedded.engine import EmbeddedEngine
 

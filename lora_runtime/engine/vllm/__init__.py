@@ -1,0 +1,1 @@
+"""The vLLM engine: Loom's slot layers inside vLLM's model, behind the protocol of every engine."""

@@ -1,0 +1,43 @@
+"""Settings of the vLLM engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmConfig:
+    """What a :class:`~lora_runtime.engine.vllm.engine.VllmEngine` is made with.
+
+    ``base_path``: a Qwen2-VL checkpoint folder. ``dtype`` "auto" is the checkpoint's.
+    ``max_batch_size`` requests run at once (vLLM's ``max_num_seqs``), ``max_batched_tokens`` tokens a step.
+    ``max_slots``: adapters resident at once. ``saved_bytes``: memory for the saved modules of all of them.
+    ``kv_cache_bytes``: keys and values on a CPU; on a GPU vLLM takes ``gpu_memory_utilization`` of the card.
+    ``max_waiting``: requests queued beyond those that run. ``max_image_pixels`` bounds an image before it is
+    decoded, ``max_images`` those of a request. ``prefix_caching``: keys and values of equal beginnings of
+    equal targets are kept. ``extra``: further arguments of vLLM's engine, by its own names.
+    """
+
+    base_path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = None
+    max_batch_size: int = 16
+    max_batched_tokens: int = 2048
+    max_slots: int = 8
+    max_waiting: int = 256
+    saved_bytes: int = 4 << 30
+    kv_cache_bytes: int = 1 << 30
+    gpu_memory_utilization: float = 0.85
+    max_image_pixels: int = 16_000_000
+    max_images: int = 16
+    prefix_caching: bool = True
+    seed: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_batched_tokens", "max_slots", "max_images", "max_image_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.extra.get("tensor_parallel_size", 1) != 1 or self.extra.get("pipeline_parallel_size", 1) != 1:
+            raise ValueError("The vLLM engine does not shard slots over several devices yet; use replicas.")

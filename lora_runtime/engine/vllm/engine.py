@@ -1,0 +1,370 @@
+"""The engine on vLLM: prompts and images are prepared here, slots are leased here, vLLM batches and computes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_runtime.checkpoint import read_adapter
+from lora_runtime.engine.heads import select_head
+from lora_runtime.engine.images import ImageProcessor
+from lora_runtime.engine.prompts import Prepared, PromptProcessor
+from lora_runtime.engine.protocol import (
+    AdapterInfo,
+    AdapterRef,
+    Classification,
+    ClassifyRequest,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    Prompt,
+    TokenEvent,
+    Usage,
+    summed,
+)
+from lora_runtime.engine.routing import Signature
+from lora_runtime.engine.text import TokenText
+from lora_runtime.engine.vllm import names
+from lora_runtime.engine.vllm.binding import Binding
+from lora_runtime.engine.vllm.config import VllmConfig
+from lora_runtime.engine.vllm.residency import Residency, fill_error
+from lora_runtime.engine.vllm.translate import Events, engine_input, sampling_params
+from lora_runtime.errors import ContextOverflow, DeadlineExceeded, EngineFault, InvalidRequest, Overloaded
+from lora_runtime.layout import BaseLayout
+from lora_runtime.weights import Head
+
+PREPARE_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Known:
+    """What is remembered of an adapter that was read once."""
+
+    heads: Mapping[str, Head]
+    touches_vision: bool
+
+
+class VllmEngine:
+    """Implements :class:`lora_runtime.engine.protocol.Engine`. Bound to one event loop."""
+
+    def __init__(self, config: VllmConfig) -> None:
+        """Raises EngineFault for a vLLM whose internals are not known."""
+        names.check_version()
+        self._config = config
+        self._layout = BaseLayout.from_config(config.base_path)
+        images = ImageProcessor(config.base_path, max_pixels=config.max_image_pixels)
+        self._prompts = PromptProcessor(
+            config.base_path, images, max_images=config.max_images, rope_index=_no_positions
+        )
+        self._images = images
+        self._token_text = TokenText(self._prompts.tokenizer)
+        self._executor = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="loom-prepare")
+        self._known: dict[str, Known] = {}
+        self._residency = Residency(config.max_slots, self._fill)
+        self._next_id = itertools.count(1)
+        self._next_number = itertools.count(1)
+        self._bound: dict[str, tuple[int, int]] = {}
+        self._counters: Counter[str] = Counter()
+        self._num_inside = 0
+        self._tokens_inside: Counter[str] = Counter()
+        self._starting: asyncio.Task[None] | None = None
+        self._engine: Any = None
+        self._eos_ids: frozenset[int] = frozenset()
+        self._is_closed = False
+
+    @property
+    def info(self) -> EngineInfo:
+        model = self._engine.vllm_config.model_config
+        return EngineInfo(
+            kind="vllm",
+            device=str(self._engine.vllm_config.device_config.device_type),
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_model_len=model.max_model_len,
+            max_batch_size=self._config.max_batch_size,
+            max_slots=self._config.max_slots,
+        )
+
+    async def start(self) -> None:
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+
+    async def close(self) -> None:
+        self._is_closed = True
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.shutdown)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _start(self) -> None:
+        config = self._config
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, math.ceil(config.kv_cache_bytes / 2**30))))
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        arguments = names.AsyncEngineArgs(
+            model=config.base_path,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_batch_size,
+            max_num_batched_tokens=config.max_batched_tokens,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            enable_prefix_caching=config.prefix_caching,
+            seed=config.seed,
+            # vLLM's own limit of adapters a batch: here an id is a target, and needs no memory.
+            enable_lora=True,
+            max_loras=config.max_batch_size,
+            max_lora_rank=8,
+            # Slots change between steps, so no step may be under way while another is prepared.
+            async_scheduling=False,
+            # A graph would freeze which rows a saved module acts on.
+            enforce_eager=True,
+            max_logprobs=-1,
+            limit_mm_per_prompt={"image": config.max_images, "video": 0},
+            mm_processor_cache_gb=0,
+            # Patches come normalised, from the same preprocessing as the embedded engine's.
+            mm_device_do_normalize=False,
+            worker_extension_cls="lora_runtime.engine.vllm.worker.SlotWorker",
+            additional_config={"loom": {"base_path": config.base_path, "saved_bytes": config.saved_bytes}},
+            disable_log_stats=True,
+            **config.extra,
+        )
+        from lora_runtime.engine.vllm.plugin import register
+
+        register()
+        engine: Any = await asyncio.to_thread(names.AsyncLLM.from_engine_args, arguments)
+        stored = engine.vllm_config.model_config.try_get_generation_config().get("eos_token_id")
+        found = [*(stored if isinstance(stored, list) else [stored]), self._prompts.tokenizer.eos_token_id]
+        self._eos_ids = frozenset(token for token in found if token is not None)
+        self._engine = engine
+
+    async def examine(self, path: str) -> AdapterInfo:
+        loop = asyncio.get_running_loop()
+        weights = await loop.run_in_executor(self._executor, read_adapter, Path(path), self._layout)
+        return AdapterInfo(
+            version=weights.version,
+            num_bytes=weights.num_bytes,
+            max_rank=max((factors.rank for factors in weights.lora.values()), default=0),
+            lora_modules=len(weights.lora),
+            saved_modules=tuple(sorted(weights.saved)),
+            heads={name: head.labels for name, head in weights.heads.items()},
+            touches_vision=weights.touches_vision,
+        )
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        if request.sampling.n > self._config.max_batch_size:
+            raise InvalidRequest(
+                f"n is {request.sampling.n}; this engine runs at most {self._config.max_batch_size} choices at once.",
+                param="n",
+            )
+        deadline = _deadline(request.timeout_s)
+        with self._admission():
+            async with AsyncExitStack() as stack:
+                async with _until(deadline):
+                    prepared, known = await self._prepare(request.prompt, request.adapters)
+                    room = self._room(prepared, request.sampling.max_tokens)
+                    shares = summed(request.adapters)
+                    slots = await stack.enter_async_context(self._residency.held(_held(request.adapters, shares)))
+                binding = Binding(signature=_signature(slots, shares))
+                events = Events(self._token_text, len(prepared.ids), self._eos_ids)
+                parameters = sampling_params(request.sampling, room)
+                stream = self._outputs(prepared, _visual(known, shares), shares, binding, parameters)
+                outputs = await stack.enter_async_context(aclosing(stream))
+                while not events.is_over:
+                    async with _until(deadline):
+                        output = await anext(outputs)
+                    for event in events.of(output):
+                        yield event
+
+    async def classify(self, request: ClassifyRequest) -> Classification:
+        with self._admission():
+            async with _until(_deadline(request.timeout_s)):
+                return await self._classify(request)
+
+    async def _classify(self, request: ClassifyRequest) -> Classification:
+        prepared, known = await self._prepare(request.prompt, request.adapters)
+        self._room(prepared, 1)
+        head = select_head(request.adapters, known, request.head)
+        shares = summed(request.adapters)
+        parameters = names.SamplingParams(max_tokens=1, temperature=0.0, logprobs=len(head.labels), ignore_eos=True)
+        found: Mapping[int, Any] = {}
+        async with self._residency.held(_held(request.adapters, shares)) as slots:
+            binding = Binding(signature=_signature(slots, shares), head=head.name)
+            stream = self._outputs(prepared, _visual(known, shares), shares, binding, parameters)
+            async with aclosing(stream) as outputs:
+                async for output in outputs:
+                    found = output.outputs[0].logprobs[0]
+        scores = tuple(found[i].logprob if i in found else -math.inf for i in range(len(head.labels)))
+        if not all(math.isfinite(score) for score in scores):
+            raise EngineFault("The classification head gave no finite scores; check the adapter.")
+        return Classification(
+            labels=head.labels,
+            probabilities=tuple(math.exp(score) for score in scores),
+            logits=scores,
+            usage=Usage(prompt_tokens=len(prepared.ids), completion_tokens=0),
+        )
+
+    async def pin(self, adapter: AdapterRef) -> None:
+        with self._admission():
+            await self._residency.pin(adapter)
+
+    async def unpin(self, version: str) -> None:
+        self._residency.unpin(version)
+
+    def stats(self) -> EngineStats:
+        cache = self._engine.vllm_config.cache_config if self._engine is not None else None
+        waiting = self._residency.num_waiting
+        return EngineStats(
+            running=self._num_inside - waiting,
+            waiting=waiting,
+            resident=self._residency.table.resident,
+            held_slots=self._residency.table.num_held,
+            kv_used_tokens=self._tokens_inside.total(),
+            kv_capacity_tokens=0 if cache is None else (cache.num_gpu_blocks or 0) * cache.block_size,
+            counters={**self._counters, **self._residency.counters},
+        )
+
+    async def check_health(self) -> None:
+        if self._starting is not None and self._starting.done() and self._starting.exception() is not None:
+            raise EngineFault("The engine could not start; see its log.")
+        if self._engine is not None:
+            try:
+                await self._engine.check_health()
+            except names.EngineDeadError as error:
+                raise EngineFault("vLLM's engine process has died; this replica must be replaced.") from error
+
+    async def _outputs(
+        self,
+        prepared: Prepared,
+        visual: tuple[tuple[str, float], ...],
+        shares: Mapping[str, float],
+        binding: Binding,
+        parameters: Any,
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs for one prompt on one target. Closing it ends the request there before it returns."""
+        number = str(next(self._next_number))
+        prompt = engine_input(prepared, self._images, visual)
+        self._tokens_inside[number] = len(prepared.ids)
+        self._counters["prompt_tokens"] += len(prepared.ids)
+        try:
+            with self._bound_to(shares, binding) as lora:
+                stream = self._engine.generate(prompt, parameters, number, lora_request=lora)
+                async with aclosing(stream) as outputs:
+                    async for output in outputs:
+                        new = sum(len(choice.token_ids) for choice in output.outputs)
+                        self._tokens_inside[number] += new
+                        self._counters["generated_tokens"] += new
+                        yield output
+        except names.EngineDeadError as error:
+            raise EngineFault("vLLM's engine process died while the request ran. Send it again.") from error
+        finally:
+            del self._tokens_inside[number]
+
+    @contextmanager
+    def _bound_to(self, shares: Mapping[str, float], binding: Binding) -> Iterator[Any]:
+        """The LoRA request that stands for a target at vLLM, the same for all who use it at once.
+
+        Its name holds the content and the slots: vLLM's caches key on the name, and its sets of requests
+        take two of one name for one.
+        """
+        if not shares:
+            yield None
+            return
+        path = binding.to_path()
+        name = f"{hashlib.sha256(repr(sorted(shares.items())).encode()).hexdigest()} {path}"
+        number, users = self._bound.get(name, (0, 0))
+        number = number or next(self._next_id)
+        self._bound[name] = number, users + 1
+        try:
+            yield names.LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
+        finally:
+            _, users = self._bound.pop(name)
+            if users > 1:
+                self._bound[name] = number, users - 1
+
+    async def _fill(self, slot: int, ref: AdapterRef) -> None:
+        start = time.monotonic()
+        said = await self._engine.collective_rpc("loom_fill", args=(slot, ref.path, ref.version))
+        self._counters["adapter_loads"] += 1
+        self._counters["adapter_load_seconds"] += time.monotonic() - start  # type: ignore[assignment]  # floats too
+        if (error := fill_error(said)) is not None:
+            raise error
+
+    @contextmanager
+    def _admission(self) -> Iterator[None]:
+        if self._is_closed or self._engine is None:
+            raise EngineFault("The engine is not running.")
+        if self._num_inside >= self._config.max_waiting + self._config.max_batch_size:
+            raise Overloaded(f"The engine already has {self._num_inside} requests; try again shortly.", retry_after_s=1)
+        self._num_inside += 1
+        try:
+            yield
+        finally:
+            self._num_inside -= 1
+
+    async def _prepare(self, prompt: Prompt, adapters: tuple[AdapterRef, ...]) -> tuple[Prepared, dict[str, Known]]:
+        """Tokenize, and read what is not known of the adapters, off the event loop and before any slot is taken."""
+        refs = [ref for ref in adapters if ref.weight != 0]
+        self._residency.table.check_fits(ref.version for ref in refs)
+        loop = asyncio.get_running_loop()
+        for ref in refs:
+            if ref.version not in self._known:
+                weights = await loop.run_in_executor(self._executor, read_adapter, Path(ref.path), self._layout)
+                heads = weights.cloned().heads if weights.heads else {}
+                self._known[ref.version] = Known(heads=heads, touches_vision=weights.touches_vision)
+        prepared = await loop.run_in_executor(self._executor, self._prompts.prepare, prompt)
+        return prepared, {ref.version: self._known[ref.version] for ref in refs}
+
+    def _room(self, prepared: Prepared, wanted: int | None) -> int:
+        limit, used = self.info.max_model_len, len(prepared.ids)
+        if used + (1 if wanted is None else wanted) > limit:
+            raise ContextOverflow(
+                f"The prompt has {used} tokens and {wanted or 1} more are asked for, but the context holds {limit}. "
+                "Shorten the prompt, send smaller images, or lower max_tokens.",
+                param="messages",
+                prompt_tokens=used,
+                limit=limit,
+            )
+        return limit - used if wanted is None else wanted
+
+
+def _no_positions(ids: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """vLLM computes positions itself."""
+    return torch.zeros(3, *ids.shape, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+
+
+def _held(adapters: tuple[AdapterRef, ...], shares: Mapping[str, float]) -> dict[str, AdapterRef]:
+    return {ref.version: ref for ref in adapters if ref.version in shares}
+
+
+def _signature(slots: Mapping[str, int], shares: Mapping[str, float]) -> Signature:
+    return tuple(sorted((slots[version], weight) for version, weight in shares.items()))
+
+
+def _visual(known: Mapping[str, Known], shares: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """The part of a target that an image's encoding depends on."""
+    return tuple(sorted((v, w) for v, w in shares.items() if known[v].touches_vision))
+
+
+def _deadline(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+
+
+@asynccontextmanager
+async def _until(deadline: float | None) -> AsyncIterator[None]:
+    """Raise DeadlineExceeded for what is awaited inside at ``deadline``, on the event loop's clock."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError as error:
+        raise DeadlineExceeded("The request ran out of time.", retry_after_s=1) from error

@@ -1,0 +1,101 @@
+"""An adapter's parts for a leaf that another runtime made of several: q, k and v in one, gate and up in one.
+
+Outputs of fused leaves follow one another, so factors stack along the rank with ``b`` block by block, and a
+leaf saved in full takes the base's rows where a part is not saved. Vocabularies may be padded.
+
+Shape legend: R rank, I in features, O out features, V vocabulary, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule, TokenRows
+
+BaseTensor = Callable[[str, str], Tensor]
+"""(canonical leaf, parameter) → the base's own tensor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedLeaf:
+    """``parts``: canonical leaves in the order of their outputs, ``widths`` their out features.
+
+    ``size``: what the padded dimension of a vocabulary holds there; None where nothing is padded.
+    """
+
+    parts: tuple[str, ...]
+    widths: tuple[int, ...]
+    is_embedding: bool = False
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LeafParts:
+    """What an adapter puts into one leaf; all None where it leaves the leaf alone."""
+
+    lora: LoraFactors | None
+    saved: SavedModule | None
+    rows: TokenRows | None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.lora is None and self.saved is None and self.rows is None
+
+    @property
+    def num_saved(self) -> int:
+        """Elements of what is saved in full."""
+        return 0 if self.saved is None else sum(tensor.numel() for tensor in self.saved.parameters.values())
+
+
+def fused(weights: AdapterWeights, leaf: FusedLeaf, base: BaseTensor) -> LeafParts:
+    """The parts of ``weights`` for ``leaf``. ``base`` is asked only where a leaf is saved in part."""
+    rows = [weights.token_rows[name] for name in leaf.parts if name in weights.token_rows]
+    return LeafParts(
+        lora=_fused_lora([weights.lora.get(name) for name in leaf.parts], leaf),
+        saved=_fused_saved([weights.saved.get(name) for name in leaf.parts], leaf, base),
+        rows=rows[0] if rows else None,
+    )
+
+
+def _fused_lora(members: Sequence[LoraFactors | None], leaf: FusedLeaf) -> LoraFactors | None:
+    present = [member for member in members if member is not None]
+    if not present:
+        return None
+    if leaf.is_embedding:
+        (only,) = present
+        a = only.a if leaf.size is None else pad(only.a, (0, leaf.size - only.a.shape[1]))
+        return LoraFactors(a=a, b=only.b, scaling=only.scaling, kind="embedding")
+    height = leaf.size or sum(leaf.widths)
+    b = torch.zeros(height, sum(member.rank for member in present))
+    bias = torch.zeros(height) if any(member.bias is not None for member in present) else None
+    row = column = 0
+    for member, width in zip(members, leaf.widths, strict=True):
+        if member is not None:
+            b[row : row + width, column : column + member.rank] = member.b.float() * member.scaling
+            if bias is not None and member.bias is not None:
+                bias[row : row + width] = member.bias.float() * member.scaling
+            column += member.rank
+        row += width
+    return LoraFactors(a=torch.cat([member.a for member in present]), b=b, scaling=1.0, bias=bias)
+
+
+def _fused_saved(members: Sequence[SavedModule | None], leaf: FusedLeaf, base: BaseTensor) -> SavedModule | None:
+    named = sorted({name for member in members if member is not None for name in member.parameters})
+    if not named:
+        return None
+
+    def parameter(name: str) -> Tensor:
+        tensors = [
+            member.parameters[name] if member is not None and name in member.parameters else base(part, name)
+            for part, member in zip(leaf.parts, members, strict=True)
+        ]
+        whole = tensors[0] if len(tensors) == 1 else torch.cat([tensor.float() for tensor in tensors])
+        missing = 0 if leaf.size is None else leaf.size - whole.shape[0]
+        return pad(whole, (0, 0) * (whole.ndim - 1) + (0, missing)) if missing else whole
+
+    return SavedModule(parameters={name: parameter(name) for name in named})

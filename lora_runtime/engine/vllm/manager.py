@@ -1,0 +1,161 @@
+"""Takes the place of vLLM's LoRA manager in a worker: slots under Loom's leases instead of vLLM's own cache.
+
+vLLM asks it to prepare the model once, and before each step tells it which request's rows lie where. It never
+loads, evicts or touches a file in a step; slots are filled between steps by :mod:`.worker`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_runtime.checkpoint import fingerprint, read_adapter
+from lora_runtime.engine.routing import Router, Routing
+from lora_runtime.engine.vllm.binding import SCHEME, Binding
+from lora_runtime.engine.vllm.fusion import fused
+from lora_runtime.engine.vllm.heads import HeadLogits
+from lora_runtime.engine.vllm.leaves import WrappedLeaf, wrap_leaves
+from lora_runtime.engine.vllm.names import LoRAMappingType
+from lora_runtime.errors import AdapterRejected, EngineFault, InvalidCombination
+from lora_runtime.layout import BaseLayout
+from lora_runtime.parameters import BaseParameters
+
+BASE = Binding(signature=())
+
+
+class SlotManager:
+    """The worker's side of the slots. The methods that vLLM calls keep vLLM's names and arguments."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, embedding_modules: dict[str, str]) -> None:
+        options = vllm_config.additional_config["loom"]
+        self._base_path: str = options["base_path"]
+        self._budget: int = options["saved_bytes"]
+        self._dtype: torch.dtype = vllm_config.model_config.dtype
+        self._device = device
+        self._router = Router()
+        self._bytes: dict[int, int] = {}
+        self._leaves: dict[str, WrappedLeaf] = {}
+
+    def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
+        """Wrap the model's leaves; vLLM calls this once, after its weights are loaded."""
+        self._layout = BaseLayout.from_config(self._base_path)
+        self._parameters = BaseParameters(self._base_path)
+        self._leaves = wrap_leaves(model, self._layout, self._router)
+        self._heads = HeadLogits(model)
+        return model
+
+    def fill(self, slot: int, path: str, version: str) -> int:
+        """Read the adapter at ``path`` into ``slot``; returns its saved bytes there. All or nothing.
+
+        Raises AdapterRejected for content other than ``version``, or beyond the memory budget.
+        """
+        self.clear(slot)
+        weights = read_adapter(Path(path), self._layout)
+        if (found := fingerprint(Path(path))) != version:
+            raise AdapterRejected(
+                f"The adapter changed on disk since it was registered ({version[:12]}, now {found[:12]}).",
+                registered=version,
+                found=found,
+            )
+        parts = {name: fused(weights, wrapped.leaf, self._parameters) for name, wrapped in self._leaves.items()}
+        self._bytes[slot] = self._affordable(sum(part.num_saved for part in parts.values()) * self._dtype.itemsize)
+        try:
+            for name, part in parts.items():
+                if not part.is_empty:
+                    self._leaves[name].layer.fill(slot, part.lora, part.saved, part.rows)
+            self._heads.fill(slot, weights.cloned().heads if weights.heads else {})
+        except BaseException:
+            self.clear(slot)
+            raise
+        return self._bytes[slot]
+
+    def _affordable(self, wanted: int) -> int:
+        used = sum(self._bytes.values())
+        if used + wanted > self._budget:
+            raise InvalidCombination(
+                f"The adapter's saved modules take {wanted / 1e6:.1f} MB, and those of the other resident adapters "
+                f"{used / 1e6:.1f} MB; the budget is {self._budget / 1e6:.1f} MB. Raise saved_bytes, lower "
+                "max_slots, or train it as LoRA.",
+                wanted=wanted,
+                used=used,
+                budget=self._budget,
+            )
+        return wanted
+
+    def clear(self, slot: int) -> None:
+        """Empty ``slot``."""
+        for leaf in self._leaves.values():
+            leaf.layer.clear(slot)
+        self._heads.clear(slot)
+        self._bytes.pop(slot, None)
+
+    def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
+        """Route the rows of what runs next. vLLM's warm-up requests are base rows.
+
+        Raises EngineFault for an id without a request: rows would silently be the base's.
+        """
+        bindings = {0: BASE}
+        for request in requests:
+            is_ours = request.lora_path.startswith(SCHEME)
+            bindings[request.lora_int_id] = _parsed(request.lora_path) if is_ours else BASE
+        if mapping.type is LoRAMappingType.TOWER:
+            self._router.set(patch=self._routing(mapping.index_mapping, bindings))
+        elif mapping.type is LoRAMappingType.CONNECTOR:
+            self._router.set(merged=self._routing(mapping.index_mapping, bindings))
+        else:
+            self._router.set(
+                text=self._routing(mapping.index_mapping, bindings),
+                logits=self._routing(mapping.prompt_mapping, bindings),
+            )
+            self._heads.route([_of(bindings, number) for number in mapping.prompt_mapping])
+
+    def _routing(self, ids: Sequence[int], bindings: Mapping[int, Binding]) -> Routing:
+        runs = [(_of(bindings, number).signature, sum(1 for _ in same)) for number, same in groupby(ids)]
+        return Routing(runs, device=self._device, dtype=self._dtype)
+
+    def supports_tower_connector_lora(self) -> bool:
+        return True
+
+    def add_adapter(self, lora_request: Any) -> bool:
+        """Nothing is loaded here: a request's slots were filled before it was sent."""
+        return True
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        return False
+
+    def remove_all_adapters(self) -> None:
+        """vLLM calls this after its warm-up."""
+        self._router.clear()
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        return True
+
+    def list_adapters(self) -> set[int]:
+        return set()
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        yield
+
+    def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
+        return True
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        return default_rank
+
+
+_parsed = lru_cache(maxsize=4096)(Binding.from_path)
+
+
+def _of(bindings: Mapping[int, Binding], number: int) -> Binding:
+    found = bindings.get(int(number))
+    if found is None:
+        raise EngineFault(f"A step has rows of target {number}, but no request names it.")
+    return found

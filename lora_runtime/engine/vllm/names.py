@@ -1,0 +1,65 @@
+"""Every name of vLLM that Loom touches, and the versions in which it was checked. The only module that imports vLLM."""
+
+from __future__ import annotations
+
+import vllm
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs.engine import MultiModalInput, TokensInput, mm_input, tokens_input
+from vllm.lora.layers import LoRAMapping, LoRAMappingType
+from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.conv import Conv3dLayer
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.multimodal.inputs import (
+    MultiModalFieldConfig,
+    MultiModalKwargsItems,
+    PlaceholderRange,
+)
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.worker import lora_model_runner_mixin
+
+from lora_runtime.errors import EngineFault
+
+__all__ = [
+    "AsyncEngineArgs",
+    "AsyncLLM",
+    "Conv3dLayer",
+    "EngineDeadError",
+    "LinearBase",
+    "LoRAMapping",
+    "LoRAMappingType",
+    "LoRARequest",
+    "MergedColumnParallelLinear",
+    "MultiModalFieldConfig",
+    "MultiModalInput",
+    "MultiModalKwargsItems",
+    "PlaceholderRange",
+    "QKVParallelLinear",
+    "RMSNorm",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "TokensInput",
+    "VocabParallelEmbedding",
+    "check_version",
+    "lora_model_runner_mixin",
+    "mm_input",
+    "tokens_input",
+]
+
+SUPPORTED = ("0.32.", "0.33.")
+
+
+def check_version(found: str | None = None) -> None:
+    """Raise EngineFault for a vLLM whose internals were not checked. ``found`` is the installed one if None."""
+    version = vllm.__version__ if found is None else found
+    if not version.startswith(SUPPORTED):
+        raise EngineFault(
+            f"vLLM {version} is installed, but Loom's vLLM engine knows the internals of 0.32 and 0.33 only. "
+            "Install one of those, or set engine.kind to 'embedded'."
+        )

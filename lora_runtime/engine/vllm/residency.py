@@ -1,0 +1,131 @@
+"""Who is in which slot of a vLLM engine: leases in order of arrival, fills shared by all who wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_runtime.engine.protocol import AdapterRef
+from lora_runtime.engine.slots import Lease, Move, SlotTable
+from lora_runtime.errors import AdapterRejected, LoomError, Overloaded
+
+PATIENCE_S = 1.0
+"""How long the first in line waits for slots while later requests may still use those that are resident."""
+
+Fill = Callable[[int, AdapterRef], Awaitable[None]]
+"""Puts an adapter into a slot. Raises a LoomError, and then the slot is empty."""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    versions: frozenset[str]
+    since: float
+    lease: asyncio.Future[Lease] = field(default_factory=asyncio.Future)
+
+
+class Residency:
+    """Slots of one engine, used from one event loop. The only owner of what is resident."""
+
+    def __init__(self, capacity: int, fill: Fill, clock: Callable[[], float] = time.monotonic) -> None:
+        self.table = SlotTable(capacity)
+        self.counters: Counter[str] = Counter()
+        self._fill = fill
+        self._clock = clock
+        self._waiting: deque[_Waiter] = deque()
+        self._filling: dict[str, asyncio.Task[None]] = {}
+        self._broken: set[str] = set()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @asynccontextmanager
+    async def held(self, refs: Mapping[str, AdapterRef]) -> Any:
+        """Slots by version, filled and held while the context lasts.
+
+        Raises InvalidCombination when they can never fit, and what a fill raised. A caller that is cancelled
+        while it waits takes nothing.
+        """
+        self.table.check_fits(refs)
+        lease = await self._acquire(frozenset(refs))
+        try:
+            for move in lease.moves:
+                self._start(move, refs[move.version])
+            for version in lease.slots:
+                if version in self._filling:
+                    await asyncio.shield(self._filling[version])
+            yield lease.slots
+        finally:
+            self._release(lease)
+
+    async def pin(self, ref: AdapterRef) -> None:
+        """Bring ``ref`` in and keep it. Raises Overloaded where every slot is taken."""
+        self.table.check_fits([ref.version])
+        if not self.table.can_acquire([ref.version]):
+            raise Overloaded("Every slot is in use or pinned; try again shortly, or unpin one.", retry_after_s=1)
+        async with self.held({ref.version: ref}):
+            self.table.pin(ref.version)
+
+    def unpin(self, version: str) -> None:
+        self.table.unpin(version)
+        self._admit()
+
+    async def _acquire(self, versions: frozenset[str]) -> Lease:
+        waiter = _Waiter(versions, self._clock())
+        self._waiting.append(waiter)
+        self._admit()
+        try:
+            return await waiter.lease
+        except asyncio.CancelledError:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            elif waiter.lease.done() and not waiter.lease.cancelled():
+                self._release(waiter.lease.result())
+            raise
+
+    def _admit(self) -> None:
+        """In order of arrival; one who cannot have all slots lets others pass that need only resident ones."""
+        blocked: list[_Waiter] = []
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            is_patient = not blocked or self._clock() - blocked[0].since < PATIENCE_S
+            may_pass = not blocked or not waiter.versions or (is_patient and self.table.holds_all(waiter.versions))
+            lease = self.table.acquire(waiter.versions) if may_pass else None
+            if lease is None:
+                blocked.append(waiter)
+            else:
+                waiter.lease.set_result(lease)
+        self._waiting.extend(blocked)
+
+    def _release(self, lease: Lease) -> None:
+        self.table.release(lease)
+        for version in lease.slots:
+            # What could not be filled is forgotten when the last who waited for it has let go.
+            if version in self._broken and self.table.discard(version) is not None:
+                self._broken.discard(version)
+                del self._filling[version]
+        self._admit()
+
+    def _start(self, move: Move, ref: AdapterRef) -> None:
+        task = asyncio.ensure_future(self._fill(move.slot, ref))
+        self._filling[move.version] = task
+        self.counters["slot_loads"] += 1
+        self.counters["slot_evictions"] += move.evicted is not None
+        task.add_done_callback(lambda done: self._filled(move.version, done))
+
+    def _filled(self, version: str, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            self._broken.add(version)
+        else:
+            del self._filling[version]
+
+
+def fill_error(messages: list[str | None]) -> LoomError | None:
+    """What the workers said about a fill: None where all of them succeeded."""
+    wrong = [message for message in messages if message is not None]
+    return AdapterRejected(wrong[0]) if wrong else None
