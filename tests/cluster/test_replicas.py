@@ -125,7 +125,8 @@ def test_a_killed_replica_takes_only_its_own_requests_along(cluster: Cluster, se
         time.sleep(1.5)
         victim.kill()
         outcomes = [one.result() for one in streams]
-    assert "done" in outcomes and set(outcomes) <= {"done", "error"}, outcomes
+    # An error event in a stream that had begun, a status where none had.
+    assert "done" in outcomes and set(outcomes) <= {"done", "error", "503"}, outcomes
     assert survivor.is_running()
     assert share_right(service.url, 3, max_retries=3) >= 0.9
     wait_until(lambda: num_running("Engine") == 2 and victim.pid not in [p.pid for p in engine_processes(cluster)], 60)

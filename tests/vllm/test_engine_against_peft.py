@@ -7,13 +7,12 @@ import random
 from importlib.util import find_spec
 
 import pytest
-import pytest_asyncio
 
 from lora_runtime.engine.protocol import ClassifyRequest
-from lora_runtime.engine.vllm.config import VllmConfig
-from tests.oracle.answers import PROMPTS, Answers, oracle_answers, prepare
+from tests.oracle.answers import PROMPTS, prepare
 from tests.oracle.asking import answer, close
-from tests.oracle.world import LABELS, World, build_world, chat, label_probabilities, picture
+from tests.oracle.world import LABELS, chat, greedy, label_probabilities, picture
+from tests.vllm.conftest import running
 
 pytestmark = [
     pytest.mark.vllm,
@@ -21,31 +20,6 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; `make test-vllm` installs it"),
 ]
 TOLERANCE = 1e-3
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return build_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def oracle(world: World) -> Answers:
-    return oracle_answers(world)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(world: World):
-    """18 adapters on 4 slots, 6 requests at once, prompts in several chunks."""
-    from lora_runtime.engine.vllm.engine import VllmEngine
-
-    config = VllmConfig(
-        base_path=str(world.base), dtype="float32", max_model_len=512, max_batch_size=6, max_batched_tokens=64,
-        max_slots=4, max_images=2,
-    )  # fmt: skip
-    running = VllmEngine(config)
-    await running.start()
-    yield running
-    await running.close()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -77,3 +51,43 @@ async def test_label_probabilities_equal_peft(engine, world, share):
     if share == 1.0:
         want = label_probabilities(world.peft("classifier"), prepare(world, prompt))
         assert max(abs(a - b) for a, b in zip(got.probabilities, want, strict=True)) < 1e-5
+
+
+async def test_an_image_is_encoded_once_for_all_adapters_without_a_visual_part(engine, world):
+    async def encoded() -> int:
+        (count,) = await engine._engine.collective_rpc("loom_num_encoded")
+        return count
+
+    prompt = chat("Describe it", picture(77))
+    before = await encoded()
+    for name in ("plain", "rslora", "saved_head"):
+        await answer(engine, prompt, (world.ref(name),), count=1)
+    await answer(engine, prompt, (), count=1)
+    assert await encoded() == before + 1
+    await answer(engine, prompt, (world.ref("saved_merger"),), count=1)
+    assert await encoded() == before + 2
+
+
+async def test_preempted_requests_go_on_rightly(world, oracle):
+    """12 blocks of 32 tokens: four prompts of 72 tokens fit, but two answers of 60, so some are computed anew."""
+    targets = ["plain", "saved_merger", "saved_head", "saved_norms", "tower"]
+    prompt = prepare(world, PROMPTS[1])
+    wanted = {name: greedy(world.peft(name), prompt, 60) for name in targets}
+    wanted["base"] = greedy(world.load(), prompt, 60)
+    cache = {"block_size": 32, "num_gpu_blocks_override": 12}
+    async with running(world, max_model_len=256, extra=cache, max_slots=5) as small:
+        for _ in range(2):
+            asked = [(world.ref(name),) if name != "base" else () for name in wanted]
+            answers = await asyncio.gather(*(answer(small, PROMPTS[1], refs, count=60) for refs in asked))
+            for name, got in zip(wanted, answers, strict=True):
+                close(got, wanted[name], name, TOLERANCE)
+
+
+async def test_saved_modules_beyond_the_budget_are_refused(world):
+    from lora_runtime.errors import AdapterRejected
+
+    async with running(world, saved_bytes=200_000) as poor:
+        with pytest.raises(AdapterRejected, match="saved_bytes"):
+            await answer(poor, PROMPTS[0], (world.ref("saved_vocabulary"),))
+        assert (await answer(poor, PROMPTS[0], (world.ref("saved_norms"),)))[0]
+        assert poor.stats().held_slots == 0

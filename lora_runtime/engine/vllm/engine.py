@@ -40,9 +40,16 @@ from lora_runtime.engine.text import TokenText
 from lora_runtime.engine.vllm import names
 from lora_runtime.engine.vllm.binding import Binding
 from lora_runtime.engine.vllm.config import VllmConfig
-from lora_runtime.engine.vllm.residency import Residency, fill_error
+from lora_runtime.engine.vllm.residency import Residency
 from lora_runtime.engine.vllm.translate import Events, engine_input, sampling_params
-from lora_runtime.errors import ContextOverflow, DeadlineExceeded, EngineFault, InvalidRequest, Overloaded
+from lora_runtime.errors import (
+    AdapterRejected,
+    ContextOverflow,
+    DeadlineExceeded,
+    EngineFault,
+    InvalidRequest,
+    Overloaded,
+)
 from lora_runtime.layout import BaseLayout
 from lora_runtime.weights import Head
 
@@ -294,11 +301,15 @@ class VllmEngine:
 
     async def _fill(self, slot: int, ref: AdapterRef) -> None:
         start = time.monotonic()
-        said = await self._engine.collective_rpc("loom_fill", args=(slot, ref.path, ref.version))
+        try:
+            said = await self._engine.collective_rpc("loom_fill", args=(slot, ref.path, ref.version))
+        except names.EngineDeadError as error:
+            raise EngineFault("vLLM's engine process died while an adapter was loaded. Send it again.") from error
         self._counters["adapter_loads"] += 1
         self._counters["adapter_load_seconds"] += time.monotonic() - start  # type: ignore[assignment]  # floats too
-        if (error := fill_error(said)) is not None:
-            raise error
+        wrong = [message for message in said if message is not None]
+        if wrong:
+            raise AdapterRejected(wrong[0])
 
     @contextmanager
     def _admission(self) -> Iterator[None]:

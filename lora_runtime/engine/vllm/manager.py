@@ -41,6 +41,8 @@ class SlotManager:
         self._device = device
         self._router = Router()
         self._bytes: dict[int, int] = {}
+        self.num_encoded = 0
+        """Images that went through the tower."""
         self._leaves: dict[str, WrappedLeaf] = {}
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
@@ -106,6 +108,7 @@ class SlotManager:
             is_ours = request.lora_path.startswith(SCHEME)
             bindings[request.lora_int_id] = _parsed(request.lora_path) if is_ours else BASE
         if mapping.type is LoRAMappingType.TOWER:
+            self.num_encoded += len(mapping.prompt_mapping)
             self._router.set(patch=self._routing(mapping.index_mapping, bindings))
         elif mapping.type is LoRAMappingType.CONNECTOR:
             self._router.set(merged=self._routing(mapping.index_mapping, bindings))

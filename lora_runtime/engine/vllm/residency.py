@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from lora_runtime.engine.protocol import AdapterRef
 from lora_runtime.engine.slots import Lease, Move, SlotTable
-from lora_runtime.errors import AdapterRejected, LoomError, Overloaded
+from lora_runtime.errors import Overloaded
 
 PATIENCE_S = 1.0
 """How long the first in line waits for slots while later requests may still use those that are resident."""
@@ -23,7 +22,7 @@ Fill = Callable[[int, AdapterRef], Awaitable[None]]
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    versions: frozenset[str]
+    refs: Mapping[str, AdapterRef]
     since: float
     lease: asyncio.Future[Lease] = field(default_factory=asyncio.Future)
 
@@ -45,17 +44,15 @@ class Residency:
         return len(self._waiting)
 
     @asynccontextmanager
-    async def held(self, refs: Mapping[str, AdapterRef]) -> Any:
-        """Slots by version, filled and held while the context lasts.
+    async def held(self, refs: Mapping[str, AdapterRef]) -> AsyncIterator[Mapping[str, int]]:
+        """Slots by version (the keys of ``refs``), filled and held while the context lasts.
 
         Raises InvalidCombination when they can never fit, and what a fill raised. A caller that is cancelled
         while it waits takes nothing.
         """
         self.table.check_fits(refs)
-        lease = await self._acquire(frozenset(refs))
+        lease = await self._acquire(refs)
         try:
-            for move in lease.moves:
-                self._start(move, refs[move.version])
             for version in lease.slots:
                 if version in self._filling:
                     await asyncio.shield(self._filling[version])
@@ -75,8 +72,8 @@ class Residency:
         self.table.unpin(version)
         self._admit()
 
-    async def _acquire(self, versions: frozenset[str]) -> Lease:
-        waiter = _Waiter(versions, self._clock())
+    async def _acquire(self, refs: Mapping[str, AdapterRef]) -> Lease:
+        waiter = _Waiter(refs, self._clock())
         self._waiting.append(waiter)
         self._admit()
         try:
@@ -93,39 +90,47 @@ class Residency:
         blocked: list[_Waiter] = []
         while self._waiting:
             waiter = self._waiting.popleft()
+            if waiter.lease.cancelled():
+                continue
             is_patient = not blocked or self._clock() - blocked[0].since < PATIENCE_S
-            may_pass = not blocked or not waiter.versions or (is_patient and self.table.holds_all(waiter.versions))
-            lease = self.table.acquire(waiter.versions) if may_pass else None
+            may_pass = not blocked or not waiter.refs or (is_patient and self.table.holds_all(waiter.refs))
+            lease = self.table.acquire(waiter.refs) if may_pass else None
             if lease is None:
                 blocked.append(waiter)
-            else:
-                waiter.lease.set_result(lease)
+                continue
+            # Started here and not by the waiter, who may be cancelled before it runs again: what the
+            # table calls resident is filled or being filled, always.
+            for move in lease.moves:
+                self._start(move, waiter.refs[move.version])
+            waiter.lease.set_result(lease)
         self._waiting.extend(blocked)
 
     def _release(self, lease: Lease) -> None:
         self.table.release(lease)
-        for version in lease.slots:
-            # What could not be filled is forgotten when the last who waited for it has let go.
-            if version in self._broken and self.table.discard(version) is not None:
-                self._broken.discard(version)
-                del self._filling[version]
+        for version in self._broken & set(lease.slots):
+            self._forget(version)
         self._admit()
+
+    def _forget(self, version: str) -> None:
+        """Give up what could not be filled, once the last who waited for it has let go."""
+        if self.table.discard(version) is not None:
+            self._broken.discard(version)
+            del self._filling[version]
 
     def _start(self, move: Move, ref: AdapterRef) -> None:
         task = asyncio.ensure_future(self._fill(move.slot, ref))
         self._filling[move.version] = task
+        self._broken.discard(move.version)
         self.counters["slot_loads"] += 1
         self.counters["slot_evictions"] += move.evicted is not None
         task.add_done_callback(lambda done: self._filled(move.version, done))
 
     def _filled(self, version: str, task: asyncio.Task[None]) -> None:
+        if self._filling.get(version) is not task:
+            return  # evicted and brought in again meanwhile; the later fill is the one that counts
         if task.cancelled() or task.exception() is not None:
             self._broken.add(version)
+            self._forget(version)
+            self._admit()
         else:
             del self._filling[version]
-
-
-def fill_error(messages: list[str | None]) -> LoomError | None:
-    """What the workers said about a fill: None where all of them succeeded."""
-    wrong = [message for message in messages if message is not None]
-    return AdapterRejected(wrong[0]) if wrong else None

@@ -24,6 +24,10 @@ class SlotWorker:
     def loom_clear(self, slot: int) -> None:
         self._loom_manager().clear(slot)
 
+    def loom_num_encoded(self) -> int:
+        """Images that went through the tower so far."""
+        return self._loom_manager().num_encoded
+
     def _loom_manager(self) -> SlotManager:
         manager: SlotManager = self.model_runner.lora_manager
         return manager
