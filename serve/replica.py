@@ -20,34 +20,32 @@ from lora_runtime.engine.protocol import (
 
 
 class EngineReplica:
-    """One engine. Calls start it on first use; errors leave as the engine's own types."""
+    """One engine, started before the replica is ready. Errors leave as the engine's own types."""
 
     def __init__(self, kind: str, options: dict[str, Any]) -> None:
         self._engine = create_engine(kind, options)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[TokenEvent], None]:
         """Events in lists: what came while the last list travelled goes out together."""
-        await self._engine.start()
         async with aclosing(coalesced(self._engine.generate(request))) as batches:
             async for events in batches:
                 yield events
 
     async def classify(self, request: ClassifyRequest) -> Classification:
-        await self._engine.start()
         return await self._engine.classify(request)
 
     async def examine(self, path: str) -> AdapterInfo:
         return await self._engine.examine(path)
 
     async def info(self) -> EngineInfo:
-        await self._engine.start()
         return self._engine.info
 
     async def stats(self) -> EngineStats:
         return self._engine.stats()
 
     async def check_health(self) -> None:
-        """Called by Ray Serve; raising here gets the replica replaced."""
+        """Called by Ray Serve, first before a replica counts as ready; raising here gets it replaced."""
+        await self._engine.start()
         await self._engine.check_health()
 
     async def __del__(self) -> None:

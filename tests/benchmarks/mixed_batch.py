@@ -33,7 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from lora_runtime.checkpoint import fingerprint
 from lora_runtime.engine.embedded.config import EmbeddedConfig
 from lora_runtime.engine.embedded.engine import EmbeddedEngine
-from lora_runtime.engine.protocol import AdapterRef, GenerateRequest, Sampling, TokenPrompt
+from lora_runtime.engine.protocol import AdapterRef, Engine, GenerateRequest, Sampling, TokenPrompt
 from tests.oracle.world import ALL_LM, _config, _randomise, _tokenizer
 
 ROWS = 8
@@ -85,7 +85,7 @@ def prompts() -> list[tuple[int, ...]]:
     return [tuple(torch.randint(0, 256, (PROMPT_TOKENS,), generator=generator).tolist()) for _ in range(ROWS)]
 
 
-async def run_engine(engine: EmbeddedEngine, targets: list[Target], new_tokens: int) -> float:
+async def run_engine(engine: Engine, targets: list[Target], new_tokens: int) -> float:
     """Seconds until all rows are done."""
     sampling = Sampling(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
 
@@ -115,18 +115,23 @@ def run_peft(model: Any, names: list[str], new_tokens: int) -> float:
     return time.perf_counter() - start
 
 
-async def measure(rounds: int, new_tokens: int, root: Path) -> None:
-    paths = write_world(root)
-    loras = [f"lora{n}" for n in range(ROWS)]
-    sides: dict[str, list[Target]] = {
+def targets(paths: dict[str, Path]) -> dict[str, list[Target]]:
+    """What the rows of each side ask for."""
+    return {
         "base": [()] * ROWS,
-        "lora": [(ref(paths[name]),) for name in loras],
+        "lora": [(ref(paths[f"lora{n}"]),) for n in range(ROWS)],
         "differing": [
             (ref(paths["lora0"]),), (ref(paths["merger"]),), (ref(paths["head"]),), (ref(paths["norms"]),),
             (ref(paths["words"]),), (), (ref(paths["lora0"], 0.7), ref(paths["lora1"], 0.3)),
             (ref(paths["head"], 0.5), ref(paths["norms"], -0.5)),
         ],
     }  # fmt: skip
+
+
+async def measure(rounds: int, new_tokens: int, root: Path) -> None:
+    paths = write_world(root)
+    loras = [f"lora{n}" for n in range(ROWS)]
+    sides = targets(paths)
     config = EmbeddedConfig(base_path=str(root / "base"), max_batch_size=ROWS, max_slots=16, max_model_len=512)
     engine = EmbeddedEngine(config)
     await engine.start()
@@ -135,8 +140,8 @@ async def measure(rounds: int, new_tokens: int, root: Path) -> None:
         model.load_adapter(str(paths[name]), name)
     seconds: dict[str, list[float]] = {name: [] for name in [*sides, "peft"]}
     for number in range(rounds + 1):
-        for name, targets in sides.items():
-            taken = await run_engine(engine, targets, new_tokens)
+        for name, asked in sides.items():
+            taken = await run_engine(engine, asked, new_tokens)
             if number:
                 seconds[name].append(taken)
         taken = run_peft(model, loras, new_tokens)

@@ -150,6 +150,10 @@ class VllmEngine:
 
         register()
         engine: Any = await asyncio.to_thread(names.AsyncLLM.from_engine_args, arguments)
+        wrong = [message for message in await engine.collective_rpc("loom_check") if message is not None]
+        if wrong:
+            await asyncio.to_thread(engine.shutdown)
+            raise EngineFault(wrong[0])
         stored = engine.vllm_config.model_config.try_get_generation_config().get("eos_token_id")
         found = [*(stored if isinstance(stored, list) else [stored]), self._prompts.tokenizer.eos_token_id]
         self._eos_ids = frozenset(token for token in found if token is not None)

@@ -19,6 +19,7 @@ from torch import nn
 from lora_runtime.checkpoint import fingerprint, read_adapter
 from lora_runtime.engine.routing import Router, Routing
 from lora_runtime.engine.vllm.binding import SCHEME, Binding
+from lora_runtime.engine.vllm.contract import check_contract
 from lora_runtime.engine.vllm.fusion import fused
 from lora_runtime.engine.vllm.heads import HeadLogits
 from lora_runtime.engine.vllm.leaves import WrappedLeaf, wrap_leaves
@@ -51,7 +52,12 @@ class SlotManager:
         self._parameters = BaseParameters(self._base_path)
         self._leaves = wrap_leaves(model, self._layout, self._router)
         self._heads = HeadLogits(model)
+        self._model = model
         return model
+
+    def check(self) -> int:
+        """Prove the leaves against dense weights; see :mod:`.contract`. Returns how many, raises EngineFault."""
+        return check_contract(self._model, self._leaves, self._layout, self._parameters, self._router)
 
     def fill(self, slot: int, path: str, version: str) -> int:
         """Read the adapter at ``path`` into ``slot``; returns its saved bytes there. All or nothing.

@@ -13,6 +13,14 @@ class SlotWorker:
 
     model_runner: Any
 
+    def loom_check(self) -> str | None:
+        """Prove that this vLLM does what the slots need; returns None, or what deviates."""
+        try:
+            self._loom_manager().check()
+        except LoomError as error:
+            return error.message
+        return None
+
     def loom_fill(self, slot: int, path: str, version: str) -> str | None:
         """Fill a slot; returns None, or what was wrong. Runs between steps, and stalls them while it lasts."""
         try:
