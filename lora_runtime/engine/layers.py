@@ -10,28 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_runtime.engine import ops
+from lora_runtime.engine import low_rank, ops
 from lora_runtime.engine.matrix import Matrix
 from lora_runtime.engine.routing import Router, Routing, Space
 from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule, TokenRows
 
-LAUNCH_FLOPS = {"cpu": 5e5, "cuda": 5e8}
+LAUNCH_FLOPS = {"cpu": 5e4, "cuda": 5e8}
 """Multiply-adds that one kernel launch is worth, measured roughly; only a choice of path depends on it."""
-
-
-class _Plan(NamedTuple):
-    """What a layer made of one routing."""
-
-    routing: Routing
-    packed: ops.Packed | None
-    mask: Tensor | None
-    by_run: bool
 
 
 class SlotLayer(nn.Module):
@@ -42,11 +33,13 @@ class SlotLayer(nn.Module):
         self.base = base
         self._space = space
         self._router = router
-        self._factors: dict[int, ops.Factors] = {}
+        self._factors: dict[int, low_rank.Factors] = {}
         self._saved: dict[int, dict[str, Tensor]] = {}
         self._rows: dict[int, _RowDelta] = {}
         self._shift: dict[int, Tensor] = {}
-        self._plan: _Plan | None = None
+        self._widths: tuple[int, ...] | None = None
+        self._form: tuple[Routing, low_rank.Form] | None = None
+        self._laid_out: dict[tuple[low_rank.Name, tuple[int, ...]], tuple[Tensor, ...]] = {}
         self._owners = self._low_rank_owners = self._saved_owners = frozenset[int]()
         self._rows_owners = self._shift_owners = frozenset[int]()
 
@@ -64,15 +57,29 @@ class SlotLayer(nn.Module):
         """Slots that do something here."""
         return self._owners
 
-    def fill(self, slot: int, lora: LoraFactors | None, saved: SavedModule | None, rows: TokenRows | None) -> None:
-        """Put an adapter's part into ``slot``, in the base's dtype and on its device. The slot must be clear."""
+    def fill(
+        self,
+        slot: int,
+        lora: LoraFactors | None,
+        saved: SavedModule | None,
+        rows: TokenRows | None,
+        ranks: tuple[int, ...] | None = None,
+    ) -> None:
+        """Put an adapter's part into ``slot``, in the base's dtype and on its device. The slot must be clear.
+
+        ``ranks``: for a fused leaf, the rank of each of its outputs (see :meth:`set_widths`).
+        """
         if lora is not None:
-            self._fill_lora(slot, lora)
+            self._fill_lora(slot, lora, ranks or (lora.rank,))
         if saved is not None:
             self._fill_saved(slot, saved)
         if rows is not None:
             self._rows[slot] = _RowDelta.of(rows, self.weight)
         self._changed()
+
+    def set_widths(self, widths: tuple[int, ...]) -> None:
+        """The outputs that this leaf is made of, in order, where it is more than one."""
+        self._widths = widths
 
     def clear(self, slot: int) -> None:
         """Empty ``slot``; nothing happens where it is empty."""
@@ -80,11 +87,11 @@ class SlotLayer(nn.Module):
             part.pop(slot, None)
         self._changed()
 
-    def _fill_lora(self, slot: int, lora: LoraFactors) -> None:
+    def _fill_lora(self, slot: int, lora: LoraFactors, ranks: tuple[int, ...]) -> None:
         like = self.weight
         a = lora.a.to(device=like.device, dtype=like.dtype)
         b = (lora.b.float() * lora.scaling).to(device=like.device, dtype=like.dtype).T
-        self._factors[slot] = ops.Factors(a.contiguous(), b.contiguous())
+        self._factors[slot] = low_rank.Factors(a.contiguous(), b.contiguous(), ranks)
         if lora.bias is not None:
             self._add_shift(slot, lora.bias.float() * lora.scaling)
 
@@ -110,7 +117,8 @@ class SlotLayer(nn.Module):
         self._rows_owners = frozenset(self._rows)
         self._shift_owners = frozenset(self._shift)
         self._owners = self._low_rank_owners | self._saved_owners | self._rows_owners | self._shift_owners
-        self._plan = None
+        self._form = None
+        self._laid_out.clear()
 
     def current_routing(self) -> Routing | None:
         """This step's routing, or None where only the base's own weights matter."""
@@ -135,28 +143,18 @@ class SlotLayer(nn.Module):
 
     def _add_low_rank(self, y: Tensor, x: Tensor, routing: Routing) -> None:
         """In place on ``y`` (T, O), from ``x`` (T, I)."""
-        plan = self._plan
-        if plan is None or plan.routing is not routing:
-            plan = self._plan = self._planned(routing, x.shape[1] + y.shape[1], x.device.type)
-        if plan.by_run:
-            ops.add_lora_by_run(y, x, self._factors, routing)
-        elif plan.packed is not None and plan.mask is not None:
-            ops.add_lora_dense(y, x, plan.packed, plan.mask)
+        if slots := routing.active(self._low_rank_owners):
+            if self._form is None or self._form[0] is not routing:
+                widths = self._widths or (y.shape[1],)
+                launch = LAUNCH_FLOPS.get(x.device.type, LAUNCH_FLOPS["cuda"])
+                name = low_rank.cheapest(routing, slots, self._factors, widths, launch)
+                # Kept for the steps that follow: while requests decode, most are routed alike.
+                form = low_rank.make(name, routing, slots, self._factors, widths, self._laid_out)
+                self._form = routing, form
+            self._form[1].add(y, x)
         if slots := routing.active(self._shift_owners):
             stacked = torch.stack([self._shift[slot] for slot in slots])
             y.addmm_(routing.weights(slots).to(y.dtype), stacked)
-
-    def _planned(self, routing: Routing, width: int, device: str) -> _Plan:
-        """How ``routing`` is served here; the same steps follow one another while requests decode."""
-        slots = routing.active(self._low_rank_owners)
-        if not slots:
-            return _Plan(routing, None, None, False)
-        known = None if self._plan is None else self._plan.packed
-        packed = known if known is not None and known.slots == slots else ops.pack(self._factors, slots)
-        launch = LAUNCH_FLOPS.get(device, LAUNCH_FLOPS["cuda"])
-        if ops.prefers_runs(packed, routing, width, launch):
-            return _Plan(routing, packed, None, True)
-        return _Plan(routing, packed, routing.mask(packed.slots, packed.ranks), False)
 
 
 class SlotLinear(SlotLayer):

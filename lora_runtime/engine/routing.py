@@ -67,6 +67,7 @@ class Routing:
         self.slots: frozenset[int] = frozenset(slot for run in self.runs for slot, _ in run.signature)
         self._active: dict[frozenset[int], tuple[int, ...]] = {}
         self._work: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, int]] = {}
+        self._by_slot: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
         self._shares: dict[tuple[int, ...], Tensor] = {}
         self._groups: dict[int, Group] = {}
@@ -97,6 +98,25 @@ class Routing:
             parts = [(run, slot) for run in self.runs for slot, _ in run.signature if slot in rank_of]
             found = sum((run.stop - run.start) * rank_of[slot] for run, slot in parts), len(parts)
             self._work[key] = found
+        return found
+
+    def by_slot(self, slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Each slot's tokens, padded to the busiest: index (S · C,) int64 and weight (S, C), on the CPU.
+
+        Padding points at token 0 with weight 0.
+        """
+        found = self._by_slot.get(slots)
+        if found is None:
+            tokens: dict[int, list[tuple[int, float]]] = {slot: [] for slot in slots}
+            for run in self.runs:
+                for slot, weight in run.signature:
+                    if slot in tokens:
+                        tokens[slot] += [(token, weight) for token in range(run.start, run.stop)]
+            count = max((len(rows) for rows in tokens.values()), default=0)
+            padded = [rows + [(0, 0.0)] * (count - len(rows)) for rows in tokens.values()]
+            index = torch.tensor([token for rows in padded for token, _ in rows], dtype=torch.int64)
+            weights = torch.tensor([[weight for _, weight in rows] for rows in padded])
+            found = self._by_slot[slots] = index, weights
         return found
 
     def weights(self, slots: tuple[int, ...]) -> Tensor:

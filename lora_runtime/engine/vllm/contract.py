@@ -50,7 +50,7 @@ def check_contract(
         try:
             for slot, weights in ((LORA_SLOT, lora), (SAVED_SLOT, saved)):
                 parts = fused(weights, wrapped.leaf, base)
-                wrapped.layer.fill(slot, parts.lora, parts.saved, parts.rows)
+                wrapped.layer.fill(slot, parts.lora, parts.saved, parts.rows, parts.ranks)
             router.set(text=routing, logits=routing, patch=routing, merged=routing)
             x, got = _through_vllm(name, model, wrapped, layout, generator, dtype, device)
         finally:

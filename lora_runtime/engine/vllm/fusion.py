@@ -41,6 +41,8 @@ class LeafParts:
     lora: LoraFactors | None
     saved: SavedModule | None
     rows: TokenRows | None
+    ranks: tuple[int, ...]
+    """Of each of the leaf's parts, 0 where it has no factors."""
 
     @property
     def is_empty(self) -> bool:
@@ -59,6 +61,7 @@ def fused(weights: AdapterWeights, leaf: FusedLeaf, base: BaseTensor) -> LeafPar
         lora=_fused_lora([weights.lora.get(name) for name in leaf.parts], leaf),
         saved=_fused_saved([weights.saved.get(name) for name in leaf.parts], leaf, base),
         rows=rows[0] if rows else None,
+        ranks=tuple(weights.lora[name].rank if name in weights.lora else 0 for name in leaf.parts),
     )
 
 

@@ -107,6 +107,8 @@ def _wrap(module: Any, parts: tuple[str, ...], layout: BaseLayout, router: Route
         product = method.apply
         linear = SlotLinear(module, space, router, prepack=prepack, own=lambda x: product(module, x, module.bias))
         method.apply = lambda layer, x, bias=None: _routed(linear, x)
+        if len(widths) > 1:
+            linear.set_widths(widths)
         return WrappedLeaf(linear, FusedLeaf(parts=parts, widths=widths))
     layer: SlotLayer
     if isinstance(module, RMSNorm):

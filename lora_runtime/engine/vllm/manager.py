@@ -77,7 +77,7 @@ class SlotManager:
         try:
             for name, part in parts.items():
                 if not part.is_empty:
-                    self._leaves[name].layer.fill(slot, part.lora, part.saved, part.rows)
+                    self._leaves[name].layer.fill(slot, part.lora, part.saved, part.rows, part.ranks)
             self._heads.fill(slot, weights.cloned().heads if weights.heads else {})
         except BaseException:
             self.clear(slot)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_runtime.engine import ops
+from lora_runtime.engine import low_rank
 from lora_runtime.engine.layers import SlotConv, SlotEmbedding, SlotLayer, SlotLayers, SlotLinear, SlotNorm, space_of
 from lora_runtime.engine.routing import Router, Routing, Signature
 from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule, TokenRows
@@ -95,15 +95,15 @@ def check(layer: SlotLayer, parts: dict[int, tuple], step: list[tuple[Signature,
 
 
 @settings(max_examples=150, deadline=None)
-@given(step=steps(), seed=st.integers(0, 1000), prefer_runs=st.booleans())
-def test_linear_equals_dense_weights_token_by_token(step, seed, prefer_runs):
+@given(step=steps(), seed=st.integers(0, 1000), form=st.sampled_from(["dense", "by_run", "by_slot"]))
+def test_linear_equals_dense_weights_token_by_token(step, seed, form):
     torch.manual_seed(seed)
     base = nn.Linear(6, 4)
     x = torch.randn(sum(count for _, count in step), 6)
     if x.shape[0] == 0:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "prefers_runs", lambda *_: prefer_runs)
+        patch.setattr(low_rank, "cheapest", lambda *_: form)
         check(SlotLinear(base, "text", Router()), linear_parts(seed, base), step, x)
 
 
@@ -217,10 +217,47 @@ def test_names_tell_the_space_of_their_rows():
     assert space_of("model.language_model.layers.0.mlp.up_proj") == "text"
 
 
-def test_the_cheaper_form_is_chosen_by_cost():
-    factors = {slot: ops.Factors(torch.randn(8, 64), torch.randn(8, 64)) for slot in range(4)}
-    packed = ops.pack(factors, (0, 1, 2, 3))
-    decode = routing([(((slot, 1.0),), 1) for slot in range(4)])
-    prefill = routing([(((slot, 1.0),), 500) for slot in range(4)])
-    assert not ops.prefers_runs(packed, decode, 128, 5e5)
-    assert ops.prefers_runs(packed, prefill, 128, 5e5)
+@pytest.mark.parametrize("form", ["dense", "by_run", "by_slot"])
+@settings(max_examples=60, deadline=None)
+@given(step=steps(), seed=st.integers(0, 1000))
+def test_fused_leaves_equal_their_parts(form, step, seed):
+    """Three outputs in one leaf; each slot has factors for some of them, of its own ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = (4, 2, 3)
+    base = nn.Linear(6, sum(widths))
+    layer = SlotLinear(base, "text", Router())
+    layer.set_widths(widths)
+    parts = {}
+    for slot in range(NUM_SLOTS):
+        ranks = tuple(int(torch.randint(0, 4, (), generator=generator)) for _ in widths)
+        if not sum(ranks):
+            parts[slot] = (None, None, None)
+            continue
+        a, b = torch.randn(sum(ranks), 6, generator=generator), torch.zeros(sum(widths), sum(ranks))
+        row = column = 0
+        for rank, width in zip(ranks, widths, strict=True):
+            b[row : row + width, column : column + rank] = torch.randn(width, rank, generator=generator)
+            row, column = row + width, column + rank
+        parts[slot] = (LoraFactors(a=a, b=b, scaling=0.5), None, None)
+        layer.fill(slot, *parts[slot], ranks)
+    x = torch.randn(sum(count for _, count in step), 6, generator=generator)
+    if x.shape[0] == 0:
+        return
+    layer._router.set(text=routing(step))
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(low_rank, "cheapest", lambda *_: form)
+        torch.testing.assert_close(layer(x), one_by_one(base, parts, step, x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_cheapest_form_is_chosen_by_cost():
+    factors = {slot: low_rank.Factors(torch.randn(8, 64), torch.randn(8, 64), (8,)) for slot in range(4)}
+    slots = (0, 1, 2, 3)
+
+    def chosen(step):
+        return low_rank.cheapest(routing(step), slots, factors, (64,), 5e4)
+
+    everyone = tuple((slot, 0.25) for slot in slots)
+    assert chosen([(((slot, 1.0),), 500 + 400 * slot) for slot in slots]) == "by_run"
+    assert chosen([(everyone, 2)]) == "dense"
+    factors = {slot: low_rank.Factors(torch.randn(8, 2048), torch.randn(8, 64), (8,)) for slot in range(4)}
+    assert chosen([(((slot, 1.0),), 4) for slot in slots]) == "by_slot"
