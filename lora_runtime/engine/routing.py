@@ -197,6 +197,20 @@ class Router:
     def get(self, space: Space) -> Routing | None:
         return self._current.get(space)
 
+    def like_last(
+        self,
+        space: Space,
+        signatures: Sequence[tuple[Signature, int]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Routing:
+        """A routing of ``space``: the current one where nothing changed, as in most steps while requests decode."""
+        last = self._current.get(space)
+        if last is not None and last.signatures == tuple(signatures):
+            return last
+        return Routing(signatures, device=device, dtype=dtype)
+
 
 def _merge(signatures: Sequence[tuple[Signature, int]]) -> list[Run]:
     runs: list[Run] = []

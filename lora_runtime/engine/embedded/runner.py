@@ -113,11 +113,7 @@ class ModelRunner:
         return torch.nn.functional.linear(hidden.float(), weight, bias)
 
     def _routing(self, space: Space, signatures: Seq[tuple[Signature, int]]) -> Routing:
-        """The last step's routing where nothing changed since: while requests decode, most steps are alike."""
-        last = self.router.get(space)
-        if last is not None and last.signatures == tuple(signatures):
-            return last
-        return Routing(signatures, device=self.device, dtype=self.dtype)
+        return self.router.like_last(space, signatures, device=self.device, dtype=self.dtype)
 
     def _tokens(self, plan: StepPlan[Sequence]) -> tuple[Tensor, Tensor]:
         """Ids (T,) and M-RoPE positions (3, T)."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lora_runtime.checkpoint import fingerprint, read_adapter
-from lora_runtime.engine.routing import Router, Routing
+from lora_runtime.engine.routing import Router, Routing, Space
 from lora_runtime.engine.vllm.binding import SCHEME, Binding
 from lora_runtime.engine.vllm.contract import check_contract
 from lora_runtime.engine.vllm.fusion import fused
@@ -115,19 +115,19 @@ class SlotManager:
             bindings[request.lora_int_id] = _parsed(request.lora_path) if is_ours else BASE
         if mapping.type is LoRAMappingType.TOWER:
             self.num_encoded += len(mapping.prompt_mapping)
-            self._router.set(patch=self._routing(mapping.index_mapping, bindings))
+            self._router.set(patch=self._routing("patch", mapping.index_mapping, bindings))
         elif mapping.type is LoRAMappingType.CONNECTOR:
-            self._router.set(merged=self._routing(mapping.index_mapping, bindings))
+            self._router.set(merged=self._routing("merged", mapping.index_mapping, bindings))
         else:
             self._router.set(
-                text=self._routing(mapping.index_mapping, bindings),
-                logits=self._routing(mapping.prompt_mapping, bindings),
+                text=self._routing("text", mapping.index_mapping, bindings),
+                logits=self._routing("logits", mapping.prompt_mapping, bindings),
             )
             self._heads.route([_of(bindings, number) for number in mapping.prompt_mapping])
 
-    def _routing(self, ids: Sequence[int], bindings: Mapping[int, Binding]) -> Routing:
+    def _routing(self, space: Space, ids: Sequence[int], bindings: Mapping[int, Binding]) -> Routing:
         runs = [(_of(bindings, number).signature, sum(1 for _ in same)) for number, same in groupby(ids)]
-        return Routing(runs, device=self._device, dtype=self._dtype)
+        return self._router.like_last(space, runs, device=self._device, dtype=self._dtype)
 
     def supports_tower_connector_lora(self) -> bool:
         return True
