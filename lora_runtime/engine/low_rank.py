@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_runtime.engine.routing import Routing
+from lora_runtime.engine.routing import BySlotRows, Routing
 
 Name = Literal["dense", "by_run", "by_slot"]
 
@@ -82,27 +82,24 @@ class BySlot:
     """One batched product over slots, each with its own tokens, padded to the busiest.
 
     Each factor is read once and no token pays for another's rank: best where many slots have few tokens each,
-    as in decoding. ``a`` (S, I, R); ``index`` (S·C,) token of each row and ``weight`` (S, C, 1), zero for
-    padding; ``is_identity`` where row i is token i.
+    as in decoding. ``a`` (S, I, R).
     """
 
     a: Tensor
     blocks: tuple[Block, ...]
-    index: Tensor
-    weight: Tensor
-    is_identity: bool
+    rows: BySlotRows
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        num_slots, count, _ = self.weight.shape
-        rows = x if self.is_identity else x[self.index]
-        hidden = torch.bmm(rows.view(num_slots, count, -1), self.a)
-        hidden *= self.weight
+        num_slots, count, _ = self.rows.weight.shape
+        chosen = x if self.rows.is_identity else x[self.rows.tokens]
+        hidden = torch.bmm(chosen.reshape(num_slots, count, -1), self.a)
+        hidden *= self.rows.weight
         for block in self.blocks:
             part = torch.bmm(hidden[:, :, block.ranks], block.b).view(num_slots * count, -1)
-            if self.is_identity:
+            if self.rows.is_identity:
                 y[:, block.columns] += part
             else:
-                y[:, block.columns].index_add_(0, self.index, part)
+                y[:, block.columns].index_add_(0, self.rows.tokens, part)
 
 
 def cheapest(
@@ -112,14 +109,13 @@ def cheapest(
     ranks = tuple(sum(factors[slot].ranks) for slot in slots)
     width = factors[slots[0]].a.shape[1] + sum(widths)
     token_ranks, num_parts = routing.low_rank_work(slots, ranks)
-    index, _ = routing.by_slot(slots)
     highest = [max(factors[slot].ranks[part] for slot in slots) for part in range(len(widths))]
     in_features = factors[slots[0]].a.shape[1]
     per_row = sum(rank * (in_features + out) for rank, out in zip(highest, widths, strict=True))
     cost: dict[Name, float] = {
         "dense": routing.num_tokens * sum(ranks) * width + 3 * launch,
         "by_run": token_ranks * width + 2 * num_parts * launch,
-        "by_slot": index.numel() * per_row + (3 + 2 * len(widths)) * launch,
+        "by_slot": routing.by_slot(slots).tokens.numel() * per_row + (3 + 2 * len(widths)) * launch,
     }
     return min(cost, key=cost.__getitem__)
 
@@ -135,6 +131,8 @@ def make(
     """The form ``name`` for one routing. ``kept`` holds factors laid out for earlier routings of equal slots."""
     if name == "by_run":
         return ByRun(factors, routing)
+    rows = routing.by_slot(slots)
+    slots = rows.slots if name == "by_slot" else slots
     key = name, slots
     if key not in kept:
         kept.clear()
@@ -147,10 +145,7 @@ def make(
     for b, width in zip(parts, widths, strict=True):
         blocks.append(Block(slice(rank, rank + b.shape[1]), slice(column, column + width), b))
         rank, column = rank + b.shape[1], column + width
-    index, weight = routing.by_slot(slots)
-    is_identity = index.numel() == routing.num_tokens and bool((index == torch.arange(index.numel())).all())
-    place = weight.to(a.device, a.dtype).unsqueeze(2)
-    return BySlot(a, tuple(block for block in blocks if block.b.shape[1]), index.to(a.device), place, is_identity)
+    return BySlot(a, tuple(block for block in blocks if block.b.shape[1]), rows)
 
 
 def _side_by_side(factors: Mapping[int, Factors], slots: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -52,6 +52,18 @@ class Group:
         return isinstance(self.index, slice) and self.index.start == self.index.stop
 
 
+class BySlotRows(NamedTuple):
+    """``tokens`` (S · C,) int64: the token of each row, 0 for padding; ``weight`` (S, C, 1), 0 for padding.
+
+    ``slots`` says whose rows come when. ``is_identity``: row i is token i.
+    """
+
+    slots: tuple[int, ...]
+    tokens: Tensor
+    weight: Tensor
+    is_identity: bool
+
+
 class Routing:
     """The routing of one space in one step. Immutable once built; answers are memoised."""
 
@@ -67,7 +79,7 @@ class Routing:
         self.slots: frozenset[int] = frozenset(slot for run in self.runs for slot, _ in run.signature)
         self._active: dict[frozenset[int], tuple[int, ...]] = {}
         self._work: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, int]] = {}
-        self._by_slot: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._by_slot: dict[tuple[int, ...], BySlotRows] = {}
         self._masks: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
         self._shares: dict[tuple[int, ...], Tensor] = {}
         self._groups: dict[int, Group] = {}
@@ -100,23 +112,27 @@ class Routing:
             self._work[key] = found
         return found
 
-    def by_slot(self, slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Each slot's tokens, padded to the busiest: index (S · C,) int64 and weight (S, C), on the CPU.
-
-        Padding points at token 0 with weight 0.
-        """
+    def by_slot(self, slots: tuple[int, ...]) -> BySlotRows:
+        """Each slot's tokens, padded to the busiest. Slots come in order of their first token, so that rows of one
+        slot each stand as the tokens do."""
         found = self._by_slot.get(slots)
         if found is None:
-            tokens: dict[int, list[tuple[int, float]]] = {slot: [] for slot in slots}
+            tokens: dict[int, list[tuple[int, float]]] = {}
             for run in self.runs:
                 for slot, weight in run.signature:
-                    if slot in tokens:
-                        tokens[slot] += [(token, weight) for token in range(run.start, run.stop)]
+                    if slot in slots:
+                        tokens.setdefault(slot, []).extend((token, weight) for token in range(run.start, run.stop))
             count = max((len(rows) for rows in tokens.values()), default=0)
             padded = [rows + [(0, 0.0)] * (count - len(rows)) for rows in tokens.values()]
-            index = torch.tensor([token for rows in padded for token, _ in rows], dtype=torch.int64)
-            weights = torch.tensor([[weight for _, weight in rows] for rows in padded])
-            found = self._by_slot[slots] = index, weights
+            index = [token for rows in padded for token, _ in rows]
+            found = self._by_slot[slots] = BySlotRows(
+                slots=tuple(tokens),
+                tokens=torch.tensor(index, dtype=torch.int64, device=self.device),
+                weight=torch.tensor(
+                    [[[weight] for _, weight in rows] for rows in padded], dtype=self.dtype, device=self.device
+                ),
+                is_identity=index == list(range(self.num_tokens)),
+            )
         return found
 
     def weights(self, slots: tuple[int, ...]) -> Tensor:
