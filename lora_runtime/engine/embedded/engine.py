@@ -8,17 +8,16 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import torch
 
-from lora_runtime.checkpoint import read_adapter
 from lora_runtime.engine.embedded.config import EmbeddedConfig
 from lora_runtime.engine.embedded.host import HostCache
 from lora_runtime.engine.embedded.loop import StepLoop
 from lora_runtime.engine.embedded.runner import ModelRunner
 from lora_runtime.engine.embedded.sampling import RowSampler
 from lora_runtime.engine.embedded.sequence import Job, Outcome, Sequence
+from lora_runtime.engine.entry import Admission, examined, room_for
 from lora_runtime.engine.heads import select_head
 from lora_runtime.engine.images import ImageProcessor
 from lora_runtime.engine.prompts import Prepared, PromptProcessor
@@ -36,7 +35,7 @@ from lora_runtime.engine.protocol import (
     summed,
 )
 from lora_runtime.engine.text import TextStream, TokenText
-from lora_runtime.errors import ContextOverflow, DeadlineExceeded, EngineFault, InvalidRequest, Overloaded
+from lora_runtime.errors import DeadlineExceeded, EngineFault, InvalidRequest
 from lora_runtime.weights import AdapterWeights, Head
 
 PREPARE_THREADS = 4
@@ -68,7 +67,7 @@ class EmbeddedEngine:
             max_slots=config.max_slots,
             image_cache_bytes=config.image_cache_bytes,
         )
-        self._num_inside = 0
+        self._admitted = Admission(config.max_waiting + config.max_batch_size)
         self._is_started = False
         self._is_closed = False
 
@@ -95,16 +94,7 @@ class EmbeddedEngine:
 
     async def examine(self, path: str) -> AdapterInfo:
         loop = asyncio.get_running_loop()
-        weights = await loop.run_in_executor(self._executor, read_adapter, Path(path), self._runner.layout)
-        return AdapterInfo(
-            version=weights.version,
-            num_bytes=weights.num_bytes,
-            max_rank=max((factors.rank for factors in weights.lora.values()), default=0),
-            lora_modules=len(weights.lora),
-            saved_modules=tuple(sorted(weights.saved)),
-            heads={name: head.labels for name, head in weights.heads.items()},
-            touches_vision=weights.touches_vision,
-        )
+        return await loop.run_in_executor(self._executor, examined, path, self._runner.layout)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if request.sampling.n > self._config.max_batch_size:
@@ -116,7 +106,7 @@ class EmbeddedEngine:
         with self._admission():
             deadline = _deadline(request.timeout_s)
             prepared, weights = await self._prepare(request.prompt, request.adapters, deadline)
-            max_tokens = self._max_tokens(prepared, request.sampling)
+            max_tokens = room_for(len(prepared.ids), request.sampling.max_tokens, self._runner.max_model_len)
             job = self._job(request.request_id, prepared, request.adapters, weights, outcomes, deadline)
             job.max_tokens = max_tokens
             job.sequences = [self._sequence(job, request.sampling, choice) for choice in range(request.sampling.n)]
@@ -138,7 +128,7 @@ class EmbeddedEngine:
         with self._admission():
             deadline = _deadline(request.timeout_s)
             prepared, weights = await self._prepare(request.prompt, request.adapters, deadline)
-            self._max_tokens(prepared, Sampling(max_tokens=0))
+            room_for(len(prepared.ids), 0, self._runner.max_model_len)
             head = select_head(request.adapters, weights, request.head)
             job = self._job(request.request_id, prepared, request.adapters, weights, outcomes, deadline, head)
             job.sequences = [self._sequence(job, Sampling(temperature=0.0), 0)]
@@ -185,13 +175,8 @@ class EmbeddedEngine:
         """Counts a request in while it is inside the engine."""
         if self._is_closed or not self._is_started:
             raise EngineFault("The engine is not running.")
-        if self._num_inside >= self._config.max_waiting + self._config.max_batch_size:
-            raise Overloaded(f"The engine already has {self._num_inside} requests; try again shortly.", retry_after_s=1)
-        self._num_inside += 1
-        try:
+        with self._admitted.entered():
             yield
-        finally:
-            self._num_inside -= 1
 
     async def _prepare(
         self, prompt: Prompt, adapters: tuple[AdapterRef, ...], deadline: float | None
@@ -208,19 +193,6 @@ class EmbeddedEngine:
         except TimeoutError as error:
             raise DeadlineExceeded("The request ran out of time while it was prepared.", retry_after_s=1) from error
         return prepared, {ref.version: found for ref, found in zip(refs, weights, strict=True)}
-
-    def _max_tokens(self, prepared: Prepared, sampling: Sampling) -> int:
-        limit, used = self._runner.max_model_len, len(prepared.ids)
-        wanted = sampling.max_tokens
-        if used + (1 if wanted is None else wanted) > limit:
-            raise ContextOverflow(
-                f"The prompt has {used} tokens and {wanted or 1} more are asked for, but the context holds {limit}. "
-                "Shorten the prompt, send smaller images, or lower max_tokens.",
-                param="messages",
-                prompt_tokens=used,
-                limit=limit,
-            )
-        return limit - used if wanted is None else wanted
 
     def _job(
         self,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lora_runtime.checkpoint import read_adapter
+from lora_runtime.engine.entry import Admission, examined, room_for
 from lora_runtime.engine.heads import select_head
 from lora_runtime.engine.images import ImageProcessor
 from lora_runtime.engine.prompts import Prepared, PromptProcessor
@@ -44,11 +45,9 @@ from lora_runtime.engine.vllm.residency import Residency
 from lora_runtime.engine.vllm.translate import Events, engine_input, sampling_params
 from lora_runtime.errors import (
     AdapterRejected,
-    ContextOverflow,
     DeadlineExceeded,
     EngineFault,
     InvalidRequest,
-    Overloaded,
 )
 from lora_runtime.layout import BaseLayout
 from lora_runtime.weights import Head
@@ -85,7 +84,7 @@ class VllmEngine:
         self._next_number = itertools.count(1)
         self._bound: dict[str, tuple[int, int]] = {}
         self._counters: Counter[str] = Counter()
-        self._num_inside = 0
+        self._admitted = Admission(config.max_waiting + config.max_batch_size)
         self._tokens_inside: Counter[str] = Counter()
         self._starting: asyncio.Task[None] | None = None
         self._engine: Any = None
@@ -161,16 +160,7 @@ class VllmEngine:
 
     async def examine(self, path: str) -> AdapterInfo:
         loop = asyncio.get_running_loop()
-        weights = await loop.run_in_executor(self._executor, read_adapter, Path(path), self._layout)
-        return AdapterInfo(
-            version=weights.version,
-            num_bytes=weights.num_bytes,
-            max_rank=max((factors.rank for factors in weights.lora.values()), default=0),
-            lora_modules=len(weights.lora),
-            saved_modules=tuple(sorted(weights.saved)),
-            heads={name: head.labels for name, head in weights.heads.items()},
-            touches_vision=weights.touches_vision,
-        )
+        return await loop.run_in_executor(self._executor, examined, path, self._layout)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if request.sampling.n > self._config.max_batch_size:
@@ -183,7 +173,7 @@ class VllmEngine:
             async with AsyncExitStack() as stack:
                 async with _until(deadline):
                     prepared, known = await self._prepare(request.prompt, request.adapters)
-                    room = self._room(prepared, request.sampling.max_tokens)
+                    room = room_for(len(prepared.ids), request.sampling.max_tokens, self.info.max_model_len)
                     shares = summed(request.adapters)
                     slots = await stack.enter_async_context(self._residency.held(_held(request.adapters, shares)))
                 binding = Binding(signature=_signature(slots, shares))
@@ -204,7 +194,7 @@ class VllmEngine:
 
     async def _classify(self, request: ClassifyRequest) -> Classification:
         prepared, known = await self._prepare(request.prompt, request.adapters)
-        self._room(prepared, 1)
+        room_for(len(prepared.ids), 1, self.info.max_model_len)
         head = select_head(request.adapters, known, request.head)
         shares = summed(request.adapters)
         parameters = names.SamplingParams(max_tokens=1, temperature=0.0, logprobs=len(head.labels), ignore_eos=True)
@@ -236,7 +226,7 @@ class VllmEngine:
         cache = self._engine.vllm_config.cache_config if self._engine is not None else None
         waiting = self._residency.num_waiting
         return EngineStats(
-            running=self._num_inside - waiting,
+            running=self._admitted.num_inside - waiting,
             waiting=waiting,
             resident=self._residency.table.resident,
             held_slots=self._residency.table.num_held,
@@ -319,13 +309,8 @@ class VllmEngine:
     def _admission(self) -> Iterator[None]:
         if self._is_closed or self._engine is None:
             raise EngineFault("The engine is not running.")
-        if self._num_inside >= self._config.max_waiting + self._config.max_batch_size:
-            raise Overloaded(f"The engine already has {self._num_inside} requests; try again shortly.", retry_after_s=1)
-        self._num_inside += 1
-        try:
+        with self._admitted.entered():
             yield
-        finally:
-            self._num_inside -= 1
 
     async def _prepare(self, prompt: Prompt, adapters: tuple[AdapterRef, ...]) -> tuple[Prepared, dict[str, Known]]:
         """Tokenize, and read what is not known of the adapters, off the event loop and before any slot is taken."""
@@ -339,18 +324,6 @@ class VllmEngine:
                 self._known[ref.version] = Known(heads=heads, touches_vision=weights.touches_vision)
         prepared = await loop.run_in_executor(self._executor, self._prompts.prepare, prompt)
         return prepared, {ref.version: self._known[ref.version] for ref in refs}
-
-    def _room(self, prepared: Prepared, wanted: int | None) -> int:
-        limit, used = self.info.max_model_len, len(prepared.ids)
-        if used + (1 if wanted is None else wanted) > limit:
-            raise ContextOverflow(
-                f"The prompt has {used} tokens and {wanted or 1} more are asked for, but the context holds {limit}. "
-                "Shorten the prompt, send smaller images, or lower max_tokens.",
-                param="messages",
-                prompt_tokens=used,
-                limit=limit,
-            )
-        return limit - used if wanted is None else wanted
 
 
 def _no_positions(ids: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
