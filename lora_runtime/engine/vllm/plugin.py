@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 def register() -> None:
     """Let workers whose configuration is Loom's use Loom's manager; any other vLLM in the environment is untouched."""
-    from lora_runtime.engine.vllm.names import check_version, lora_model_runner_mixin
+    try:
+        from lora_runtime.engine.vllm.names import check_version, lora_model_runner_mixin
+    except ImportError as error:
+        # Another vLLM, used for something else: it must start as if Loom were not installed. Loom's own
+        # engine imports the same names first, and says so.
+        log.warning("Loom does not know this vLLM's internals: %s", error)
+        return
 
     stock = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
     if getattr(stock, "is_loom", False):
