@@ -9,7 +9,6 @@ Rows that a step pads beyond its tokens are base rows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -178,7 +177,3 @@ def _routed_norm(layer: VllmNorm, x: Tensor) -> Tensor:
     if x.shape[0] == routing.num_tokens:
         return rows
     return torch.cat([rows, layer.own(x[routing.num_tokens :])])
-
-
-def layers_by_name(wrapped: Mapping[str, WrappedLeaf]) -> dict[str, SlotLayer]:
-    return {name: found.layer for name, found in wrapped.items()}

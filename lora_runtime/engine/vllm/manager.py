@@ -65,7 +65,9 @@ class SlotManager:
         Raises AdapterRejected for content other than ``version``, or beyond the memory budget.
         """
         self.clear(slot)
-        weights = read_adapter(Path(path), self._layout)
+        # Copied out of the mapped file before it is hashed: one that changes meanwhile hashes otherwise, and
+        # one that is cut short later cannot take the process down.
+        weights = read_adapter(Path(path), self._layout).cloned()
         if (found := fingerprint(Path(path))) != version:
             raise AdapterRejected(
                 f"The adapter changed on disk since it was registered ({version[:12]}, now {found[:12]}).",
@@ -78,7 +80,7 @@ class SlotManager:
             for name, part in parts.items():
                 if not part.is_empty:
                     self._leaves[name].layer.fill(slot, part.lora, part.saved, part.rows, part.ranks)
-            self._heads.fill(slot, weights.cloned().heads if weights.heads else {})
+            self._heads.fill(slot, weights.heads)
         except BaseException:
             self.clear(slot)
             raise

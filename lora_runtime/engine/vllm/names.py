@@ -5,19 +5,18 @@ from __future__ import annotations
 import vllm
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.inputs.engine import MultiModalInput, TokensInput, mm_input, tokens_input
-from vllm.lora.layers import LoRAMapping, LoRAMappingType
+from vllm.inputs.engine import mm_input, tokens_input
+from vllm.lora.layers import LoRAMappingType
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.conv import Conv3dLayer
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.multimodal.inputs import (
     MultiModalFieldConfig,
     MultiModalKwargsItems,
     PlaceholderRange,
 )
-from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -31,20 +30,14 @@ __all__ = [
     "Conv3dLayer",
     "EngineDeadError",
     "LinearBase",
-    "LoRAMapping",
     "LoRAMappingType",
     "LoRARequest",
-    "MergedColumnParallelLinear",
     "MultiModalFieldConfig",
-    "MultiModalInput",
     "MultiModalKwargsItems",
     "PlaceholderRange",
-    "QKVParallelLinear",
     "RMSNorm",
-    "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
-    "TokensInput",
     "VocabParallelEmbedding",
     "check_version",
     "lora_model_runner_mixin",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from lora_runtime.engine.vllm.manager import SlotManager
 from lora_runtime.errors import LoomError
+
+log = logging.getLogger(__name__)
 
 
 class SlotWorker:
@@ -27,6 +30,9 @@ class SlotWorker:
             self._loom_manager().fill(slot, path, version)
         except LoomError as error:
             return error.message
+        except Exception as error:  # one adapter's tensors must not take the engine down
+            log.exception("an adapter could not be put into its slot")
+            return f"The adapter could not be loaded: {type(error).__name__}."
         return None
 
     def loom_clear(self, slot: int) -> None:
