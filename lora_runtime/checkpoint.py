@@ -8,54 +8,102 @@ that match nothing load as a silent no-op.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora_runtime.config import NO_TARGETS, AdapterConfig, read_config
+from lora_runtime.config import NO_TARGETS, read_config
 from lora_runtime.errors import MissingTensors, ShapeMismatch, UnknownModules, UnsupportedAdapter
 from lora_runtime.folder import TENSORS_NAME, fingerprint, read_labels, read_tensors
 from lora_runtime.layout import BaseLayout
+from lora_runtime.materialise import Materialiser, MethodLayer
+from lora_runtime.methods import Method
 from lora_runtime.names import canonical, listed, nearest, shown, spellings, tail
 from lora_runtime.placement import CLASSIFIER_NAMES, MAX_EXPLAINED, Placed, place
 from lora_runtime.targets import Matcher, Targets
-from lora_runtime.weights import AdapterWeights, Head, LoraFactors, SavedModule, TokenRows
+from lora_runtime.weights import AdapterWeights, Head, LoraFactors, SavedModule, TokenRows, touches_vision
 
-__all__ = ["TENSORS_NAME", "fingerprint", "read_adapter"]
+__all__ = ["TENSORS_NAME", "AdapterOutline", "fingerprint", "outline_adapter", "read_adapter"]
+
+NOTHING = SavedModule(parameters={})
 
 
-def read_adapter(path: str | Path, layout: BaseLayout) -> AdapterWeights:
+def read_adapter(path: str | Path, layout: BaseLayout, materialiser: Materialiser | None = None) -> AdapterWeights:
     """The adapter in the folder ``path``, checked against ``layout``. Tensors stay memory-mapped, as stored.
+
+    An adapter of a method other than LoRA needs the ``materialiser``, and has the modules it changes as saved
+    ones, in memory of their own.
 
     Raises AdapterMissing for absent files, else the subclass of AdapterRejected that fits, with every
     problem of its kind in one message.
     """
     folder = Path(path)
-    return _Reading(read_config(folder), read_tensors(folder), layout).weights(fingerprint(folder), folder)
+    return _Reading(folder, layout).weights(fingerprint(folder), materialiser)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AdapterOutline:
+    """What is known of an adapter without what it makes of the base: the leaves it changes, and its heads."""
+
+    modules: frozenset[str]
+    heads: Mapping[str, Head]
+
+    @property
+    def touches_vision(self) -> bool:
+        """Whether an image's encoding depends on this adapter."""
+        return touches_vision(self.modules)
+
+
+def outline_adapter(path: str | Path, layout: BaseLayout) -> AdapterOutline:
+    """As :func:`read_adapter`, with all its checks of names and shapes, and without the base's weights.
+
+    Heads share no memory with the file.
+    """
+    return _Reading(Path(path), layout).outline()
 
 
 class _Reading:
     """One adapter between its file and its form: what the config promises against what the file holds."""
 
-    def __init__(self, config: AdapterConfig, tensors: Mapping[str, Tensor], layout: BaseLayout) -> None:
+    def __init__(self, folder: Path, layout: BaseLayout) -> None:
+        config, tensors = read_config(folder), read_tensors(folder)
+        self._folder = folder
         self._config = config
         self._layout = layout
         self._matcher = Matcher(config, layout)
+        self._layers: dict[str, MethodLayer] = {}
         self._placed: Placed = place(tensors, layout, config)
         self._targets: Targets = self._matcher.targets(self._placed.factored(), self._placed.spelled)
 
-    def weights(self, version: str, folder: Path) -> AdapterWeights:
+    def outline(self) -> AdapterOutline:
+        self._check()
+        modules = {*self._saved(), *self._token_rows(), *self._lora(), *self._placed.method}
+        heads = {name: head.cloned() for name, head in self._heads().items()}
+        return AdapterOutline(modules=frozenset(modules), heads=heads)
+
+    def weights(self, version: str, materialiser: Materialiser | None) -> AdapterWeights:
+        self._check()
+        saved = self._saved()
+        rows = self._token_rows()
+        if self._config.method is not None:
+            saved |= self._materialised(saved, self._config.method, materialiser)
+        for name in [name for name in rows if "weight" in saved.get(name, NOTHING).parameters]:
+            saved[name] = _with_rows(saved[name], rows.pop(name))
+        return AdapterWeights(
+            version=version,
+            lora=self._lora(),
+            saved=saved,
+            token_rows=rows,
+            heads=self._heads(),
+            method=self._config.method.name if self._config.method else "LORA",
+        )
+
+    def _check(self) -> None:
         self._check_names()
         self._check_complete()
         self._check_shapes()
-        saved = self._saved()
-        rows = self._token_rows()
-        for name in [name for name in rows if name in saved]:
-            saved[name] = _with_rows(saved[name], rows.pop(name))
-        return AdapterWeights(
-            version=version, lora=self._lora(), saved=saved, token_rows=rows, heads=self._heads(folder)
-        )
 
     def _check_names(self) -> None:
         """Each name in the config must mean something, and mean what the file holds."""
@@ -79,7 +127,7 @@ class _Reading:
         stray = sorted(self._placed.factored() - set(self._targets.keys))
         if stray:
             raise UnknownModules(
-                f"The file holds LoRA factors that the config's target_modules do not name: {listed(stray)}. "
+                f"The file holds tensors of modules that the config's target_modules do not name: {listed(stray)}. "
                 "PEFT would ignore them. Save config and tensors together again.",
                 unmatched={name: [] for name in stray},
             )
@@ -141,8 +189,12 @@ class _Reading:
 
     def _missing_lora(self) -> set[str]:
         placed = self._placed
+        names = self._targets.required | placed.factored()
+        if self._config.method is not None:
+            wanted = {(name, part) for name in names for part in self._layer(name).shapes()}
+            return {f"{name}.{part}" for name, part in wanted if part not in placed.method.get(name, ())}
         missing = set()
-        for name in self._targets.required | placed.factored():
+        for name in names:
             if self._layout.leaves[name].kind == "embedding":
                 parts = {"lora_embedding_A": placed.embedding_a, "lora_embedding_B": placed.embedding_b}
             else:
@@ -219,6 +271,11 @@ class _Reading:
 
     def _factor_shapes(self, name: str) -> list[str]:
         placed, leaf = self._placed, self._layout.leaves[name]
+        if self._config.method is not None:
+            wanted, found = self._layer(name).shapes(), placed.method[name]
+            unknown = sorted(set(found) - set(wanted))
+            lines = [f"{name}.{part} is nothing that {self._config.method.name} has" for part in unknown]
+            return lines + [_wrong(f"{name}.{part}", found[part], shape) for part, shape in wanted.items()]
         rank, _ = self._matcher.rank_and_scaling(self._targets.keys[name])
         if leaf.kind == "embedding":
             return [
@@ -238,6 +295,8 @@ class _Reading:
     def _lora(self) -> dict[str, LoraFactors]:
         placed = self._placed
         lora: dict[str, LoraFactors] = {}
+        if self._config.method is not None:
+            return lora
         for name in sorted(placed.factored()):
             _, scaling = self._matcher.rank_and_scaling(self._targets.keys[name])
             if self._layout.leaves[name].kind == "embedding":
@@ -268,6 +327,41 @@ class _Reading:
                     parameters[other] = {"weight": parameters[one]["weight"]}
         return {name: SavedModule(parameters=found) for name, found in sorted(parameters.items())}
 
+    def _layer(self, name: str) -> MethodLayer:
+        if name not in self._layers:
+            key, leaf = self._targets.keys[name], self._layout.leaves[name]
+            self._layers[name] = MethodLayer(self._config, self._matcher, key, leaf)
+        return self._layers[name]
+
+    def _materialised(
+        self, saved: Mapping[str, SavedModule], method: Method, materialiser: Materialiser | None
+    ) -> dict[str, SavedModule]:
+        """The leaves that the config's method changes."""
+        targeted = self._placed.method
+        if materialiser is None:
+            raise UnsupportedAdapter(
+                f"{method.name} changes the base's own weights, which are not at hand here; name the base's "
+                "checkpoint.",
+                option="peft_type",
+            )
+        if both := sorted(set(targeted) - self._targets.required):
+            raise UnsupportedAdapter(
+                f"The adapter has {method.name} inside modules that it saves in full: {listed(both)}. Train it with "
+                "one of them.",
+                modules=both,
+            )
+        materialiser.check_affordable(targeted, self._layout, method.name)
+        found = {}
+        for name, tensors in targeted.items():
+            # PEFT writes an embedding's own weight beside what it trained, and loads that instead of the base's.
+            carried = saved.get(name, NOTHING).parameters
+            own = {
+                parameter: carried[parameter] if parameter in carried else materialiser.base(name, parameter)
+                for parameter in self._layout.leaves[name].parameters
+            }
+            found[name] = self._layer(name).merged(tensors, own)
+        return found
+
     def _token_rows(self) -> dict[str, TokenRows]:
         rows = {
             name: TokenRows(indices=torch.tensor(indices, dtype=torch.int64), rows=self._placed.tokens[name])
@@ -278,9 +372,9 @@ class _Reading:
                 rows[head] = rows[embedding]
         return rows
 
-    def _heads(self, folder: Path) -> dict[str, Head]:
+    def _heads(self) -> dict[str, Head]:
         found: dict[str, Head] = {}
-        labels = read_labels(folder)
+        labels = read_labels(self._folder)
         for name in sorted({name for name, _ in self._placed.heads}):
             weight, bias = self._placed.heads[name, "weight"], self._placed.heads.get((name, "bias"))
             found[name] = Head(name=name, weight=weight, bias=bias, labels=_label_names(labels, weight.shape[0]))

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
 
 from lora_runtime.errors import MalformedAdapter, UnsupportedAdapter
 from lora_runtime.folder import CONFIG_NAME, read_json
+from lora_runtime.methods import BY_TYPE, INERT, Method, method_of
 from lora_runtime.names import shown
 
 MAX_NAMES = 1 << 12
@@ -38,8 +39,15 @@ _INERT = frozenset(
 )
 """Options that do not change what a trained adapter computes."""
 
+_SHARED = frozenset(
+    {
+        *("peft_type", "task_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("modules_to_save", "trainable_token_indices", "bias", "init_lora_weights"),
+    }
+)
+"""Fields that mean with every method what they mean with LoRA."""
+
 _REASONS = {
-    "use_dora": "DoRA scales by a norm of the merged weight",
     "use_qalora": "QALoRA pools its input",
     "alora_invocation_tokens": "aLoRA acts on part of the prompt only",
     "megatron_config": "Megatron layers are not the base's",
@@ -54,7 +62,11 @@ _REASONS = {
 
 
 class AdapterConfig(BaseModel):
-    """What PEFT's ``LoraConfig`` says about the trained function. ``read_config`` refuses what it cannot hold."""
+    """What PEFT's config says about the trained function. ``read_config`` refuses what it cannot hold.
+
+    ``method`` is None for plain LoRA. For others ``options`` holds what decides their arithmetic, as PEFT's
+    config has it, and the LoRA fields say what they share with LoRA: where it acts, ranks and alphas.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
@@ -75,6 +87,8 @@ class AdapterConfig(BaseModel):
     lora_bias: bool = False
     init_lora_weights: bool | str | None = True
     ensure_weight_tying: bool = False
+    method: SkipValidation[Method | None] = None
+    options: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def saved_names(self) -> tuple[str, ...]:
@@ -108,19 +122,33 @@ class AdapterConfig(BaseModel):
 def read_config(folder: Path) -> AdapterConfig:
     """Read ``adapter_config.json`` in ``folder``. Raises AdapterMissing, MalformedAdapter or UnsupportedAdapter."""
     raw = read_json(folder / CONFIG_NAME)
-    if raw.get("peft_type") != "LORA":
-        raise UnsupportedAdapter(
-            f"{CONFIG_NAME} says peft_type {shown(repr(raw.get('peft_type')))}; only LORA is served. "
-            "Merge the adapter into a checkpoint, or train it as LoRA.",
-            option="peft_type",
-        )
     try:
-        config = AdapterConfig.model_validate(raw)
+        method = method_of(raw)
+    except KeyError as error:
+        raise UnsupportedAdapter(
+            f"{CONFIG_NAME} says peft_type {shown(repr(raw.get('peft_type')))}; LORA (with DoRA), {', '.join(BY_TYPE)} "
+            "are served. Merge the adapter into a checkpoint, or train it as LoRA.",
+            option="peft_type",
+        ) from error
+    try:
+        config = AdapterConfig.model_validate(_fields(raw, method))
     except (ValidationError, ArithmeticError) as error:
         raise _malformed(_problems(error)) from error
     _check_expressions(config)
     _check_supported(raw, config)
     return config
+
+
+def _fields(raw: Mapping[str, Any], method: Method | None) -> dict[str, Any]:
+    """``raw`` in LoRA's terms. What only ``read_config`` may set is not taken from the file."""
+    fields = {name: value for name, value in raw.items() if name not in ("method", "options")}
+    if method is None:
+        return fields
+    if method.alpha is None:
+        fields = {name: value for name, value in fields.items() if name not in ("r", "lora_alpha")}
+    else:
+        fields["lora_alpha"] = fields.get(method.alpha, 8)
+    return {**fields, "method": method, "options": {name: raw[name] for name in method.options if name in raw}}
 
 
 def _problems(error: ValidationError | ArithmeticError) -> list[tuple[str, str]]:
@@ -147,13 +175,18 @@ def _check_expressions(config: AdapterConfig) -> None:
 
 
 def _check_supported(raw: Mapping[str, Any], config: AdapterConfig) -> None:
-    known = _INERT | set(AdapterConfig.model_fields)
+    known = _INERT | (_SHARED | INERT | _of(config.method) if config.method else set(AdapterConfig.model_fields))
     if options := sorted(name for name, value in raw.items() if value and name not in known):
         reasons = [f"{shown(name)} ({_REASONS.get(name, 'unknown here')})" for name in options]
         raise UnsupportedAdapter(
             f"{CONFIG_NAME} sets what is not served: {'; '.join(reasons[:8])}. Merge the adapter into a checkpoint "
             "instead, or train it without.",
             options=options,
+        )
+    if config.method is not None and config.bias != "none":
+        raise UnsupportedAdapter(
+            f"bias={shown(repr(config.bias))} is served with plain LoRA, not with {config.method.name}.",
+            options=["bias"],
         )
     if str(config.init_lora_weights).lower() not in PLAIN_INITS:
         raise UnsupportedAdapter(
@@ -165,3 +198,7 @@ def _check_supported(raw: Mapping[str, Any], config: AdapterConfig) -> None:
         raise UnsupportedAdapter(
             "task_type TOKEN_CLS classifies each token; only sequences are classified.", options=["task_type"]
         )
+
+
+def _of(method: Method) -> frozenset[str]:
+    return method.options | (frozenset({"r", method.alpha, "rank_pattern", "alpha_pattern"}) if method.alpha else set())

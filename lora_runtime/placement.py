@@ -12,7 +12,7 @@ from lora_runtime.config import AdapterConfig
 from lora_runtime.errors import NonFiniteWeights, UnknownModules, UnsupportedAdapter
 from lora_runtime.layout import BaseLayout
 from lora_runtime.names import canonical, listed, nearest, shown, tail, unwrapped
-from lora_runtime.tensor_keys import TensorKey, parse_key
+from lora_runtime.tensor_keys import TensorKey, parse_key, parse_method_key
 from lora_runtime.weights import is_finite
 
 CLASSIFIER_NAMES = ("classifier", "score")
@@ -24,7 +24,10 @@ _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 @dataclass(slots=True)
 class Placed:
-    """The file's tensors by what they are, under canonical names; ``spelled`` keeps the trained model's own."""
+    """The file's tensors by what they are, under canonical names; ``spelled`` keeps the trained model's own.
+
+    ``method``: by leaf, the tensors of a PEFT method other than LoRA by PEFT's name for them.
+    """
 
     a: dict[str, Tensor] = field(default_factory=dict)
     b: dict[str, Tensor] = field(default_factory=dict)
@@ -34,11 +37,12 @@ class Placed:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     heads: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    method: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)
 
     def factored(self) -> set[str]:
-        """Leaves that have any LoRA tensor."""
-        return {*self.a, *self.b, *self.b_bias, *self.embedding_a, *self.embedding_b}
+        """Leaves that have any tensor of LoRA, or of the config's method."""
+        return {*self.a, *self.b, *self.b_bias, *self.embedding_a, *self.embedding_b, *self.method}
 
 
 def place(tensors: Mapping[str, Tensor], layout: BaseLayout, config: AdapterConfig) -> Placed:
@@ -50,7 +54,8 @@ def place(tensors: Mapping[str, Tensor], layout: BaseLayout, config: AdapterConf
     doubled: list[str] = []
     heads = _head_names(config)
     for key, tensor in tensors.items():
-        readings = parse_key(key)
+        own = () if config.method is None else parse_method_key(key, config.method.prefix)
+        readings = own or parse_key(key)
         _check_served(key, readings, heads)
         real = {(canonical(r.module), r.parameter): r for r in readings if _exists(r, layout)}
         head = next((tail(r.module) for r in readings if r.role == "parameter" and tail(r.module) in heads), None)
@@ -102,7 +107,10 @@ def _check_served(key: str, readings: Iterable[TensorKey], heads: frozenset[str]
     """Refuse what has a name that is understood and that is not served."""
     for reading in readings:
         if reading.role == "magnitude":
-            raise UnsupportedAdapter(f"'{shown(key)}' is a DoRA magnitude, which is not served; merge the adapter.")
+            raise UnsupportedAdapter(
+                f"'{shown(key)}' is a DoRA magnitude, but the config does not say use_dora. Save config and tensors "
+                "together again."
+            )
         outer, _, inner = tail(reading.module).partition(".")
         is_nested = bool(inner) and "modules_to_save" not in key.split(".")
         if outer in heads & set(CLASSIFIER_NAMES) and (is_nested or reading.role != "parameter"):
@@ -115,7 +123,9 @@ def _check_served(key: str, readings: Iterable[TensorKey], heads: frozenset[str]
 
 def _exists(reading: TensorKey, layout: BaseLayout) -> bool:
     leaf = layout.leaves.get(canonical(reading.module))
-    return leaf is not None and (not reading.parameter or reading.parameter in leaf.parameters)
+    return leaf is not None and (
+        not reading.parameter or reading.role == "method" or reading.parameter in leaf.parameters
+    )
 
 
 def _put(placed: Placed, reading: TensorKey, tensor: Tensor) -> bool:
@@ -125,6 +135,8 @@ def _put(placed: Placed, reading: TensorKey, tensor: Tensor) -> bool:
     if reading.role == "parameter":
         known = placed.parameters.setdefault((name, reading.parameter), tensor)
         return known is tensor or torch.equal(known, tensor)
+    if reading.role == "method":
+        return placed.method.setdefault(name, {}).setdefault(reading.parameter, tensor) is tensor
     table: dict[str, Tensor] = getattr(placed, reading.role)
     return table.setdefault(name, tensor) is tensor
 

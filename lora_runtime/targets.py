@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import regex
@@ -21,6 +21,9 @@ from lora_runtime.names import NUM_SPELLINGS, shown, spellings
 
 MATCHING_BUDGET_S = 5.0
 """For all patterns of one adapter on all modules; honest ones take milliseconds."""
+
+Names = str | Sequence[str] | None
+"""How a PEFT config names modules: by one expression, or by the ends of their names."""
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
@@ -70,15 +73,23 @@ class Matcher:
 
     def rank_and_scaling(self, key: str) -> tuple[int, float]:
         """Rank and scaling of the module ``key``: alpha/r, or alpha/√r for rsLoRA (arXiv 2312.03732)."""
+        rank, alpha = self.rank_and_alpha(key)
+        return rank, alpha / (math.sqrt(rank) if self._config.use_rslora else rank)
+
+    def rank_and_alpha(self, key: str) -> tuple[int, float]:
+        """Rank and alpha of the module ``key``, after patterns."""
         if key not in self._ranks:
-            self._ranks[key] = self._rank_and_scaling(key)
+            config = self._config
+            rank = config.rank_pattern.get(self._pattern_key(config.rank_pattern, key), config.r)
+            alpha = config.alpha_pattern.get(self._pattern_key(config.alpha_pattern, key), config.lora_alpha)
+            self._ranks[key] = rank, alpha
         return self._ranks[key]
 
-    def _rank_and_scaling(self, key: str) -> tuple[int, float]:
-        config = self._config
-        rank = config.rank_pattern.get(self._pattern_key(config.rank_pattern, key), config.r)
-        alpha = config.alpha_pattern.get(self._pattern_key(config.alpha_pattern, key), config.lora_alpha)
-        return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    def is_named(self, wanted: Names, key: str) -> bool:
+        """Whether a list of module names, or one expression, means ``key`` as PEFT's ``target_modules`` would."""
+        if isinstance(wanted, str):
+            return self._matches(wanted, key, whole=True)
+        return any(key == name or key.endswith(f".{name}") for name in wanted or ())
 
     def saved_leaves(self, wanted: str) -> set[str]:
         """Leaves in the modules that ``wanted`` of ``modules_to_save`` means. PEFT matches by bare suffix."""
@@ -142,9 +153,7 @@ class Matcher:
 
     def _is_excluded(self, key: str) -> bool:
         names = self._config.exclude_modules
-        if isinstance(names, str):
-            return bool(names) and self._matches(names, key, whole=True)
-        return any(key == name or key.endswith(f".{name}") for name in names or ())
+        return bool(names) and self.is_named(names, key)
 
     def _is_saved(self, key: str) -> bool:
         return any(

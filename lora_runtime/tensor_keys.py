@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-Role = Literal["a", "b", "b_bias", "embedding_a", "embedding_b", "tokens", "magnitude", "parameter", "original"]
+Role = Literal[
+    "a", "b", "b_bias", "embedding_a", "embedding_b", "tokens", "magnitude", "method", "parameter", "original"
+]
 
 MAX_ADAPTER_NAMES = 3
 """How many adapter names in a row are taken for such: ``default.default.`` is known from the wild."""
 
 
 class TensorKey(NamedTuple):
-    """``module`` as spelled in the file, wrappers included; ``parameter`` for roles "parameter" and "original".
+    """``module`` as spelled in the file, wrappers included; ``parameter`` for roles "parameter", "original" and
+    "method" (a tensor of a PEFT method other than LoRA: what PEFT calls it inside the module).
 
     "original" is the base's own parameter that PEFT writes beside a saved one for ``bias="all"``.
     """
@@ -53,6 +56,17 @@ def parse_key(key: str) -> tuple[TensorKey, ...]:
     if role is None:
         return ()
     return tuple(TensorKey(".".join(reading), role, parameter) for reading in _modules(module) if reading)
+
+
+def parse_method_key(key: str, prefix: str) -> tuple[TensorKey, ...]:
+    """The reading of a ``key`` whose tensor belongs to the PEFT method with ``prefix``; empty for any other."""
+    parts = key.split(".")
+    at = next((i for i, part in enumerate(parts) if part.startswith(prefix)), None)
+    if not at:
+        return ()
+    module = [part for part in parts[:at] if part not in _INNER]
+    name = [parts[at], *(part for part in parts[at + 1 :] if part != "default")]
+    return (TensorKey(".".join(module), "method", ".".join(name)),)
 
 
 def _marked_role(marker: str, rest: list[str]) -> Role | None:

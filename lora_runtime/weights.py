@@ -12,7 +12,7 @@ N number of token rows, L labels, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
@@ -86,6 +86,10 @@ class Head:
     bias: Tensor | None
     labels: tuple[str, ...]
 
+    def cloned(self) -> Head:
+        """A copy that shares no memory with this one."""
+        return replace(self, weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
+
 
 def _frozen(mapping: Mapping[str, object]) -> Mapping[str, object]:
     return MappingProxyType(dict(mapping))
@@ -95,10 +99,12 @@ def _frozen(mapping: Mapping[str, object]) -> Mapping[str, object]:
 class AdapterWeights:
     """What an adapter does to the base, leaf by leaf; see the module docstring.
 
-    ``version`` is the sha256 of the content it came from (or of the recipe, for a combination).
+    ``version`` is the sha256 of the content it came from (or of the recipe, for a combination). ``method`` is the
+    PEFT method it was trained with; what other methods than "LORA" do to a leaf is held in ``saved``.
     """
 
     version: str
+    method: str = "LORA"
     lora: Mapping[str, LoraFactors] = field(default_factory=dict)
     saved: Mapping[str, SavedModule] = field(default_factory=dict)
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
@@ -116,7 +122,7 @@ class AdapterWeights:
     @property
     def touches_vision(self) -> bool:
         """Whether an image's encoding depends on this adapter."""
-        return any(".visual." in f".{name}" for name in self.modules)
+        return touches_vision(self.modules)
 
     @property
     def num_bytes(self) -> int:
@@ -134,16 +140,14 @@ class AdapterWeights:
 
         return AdapterWeights(
             version=self.version,
+            method=self.method,
             lora={name: replace(f, a=f.a.clone(), b=f.b.clone(), bias=copy(f.bias)) for name, f in self.lora.items()},
             saved={name: saved(module) for name, module in self.saved.items()},
             token_rows={
                 name: TokenRows(indices=rows.indices.clone(), rows=rows.rows.clone())
                 for name, rows in self.token_rows.items()
             },
-            heads={
-                name: replace(head, weight=head.weight.clone(), bias=copy(head.bias))
-                for name, head in self.heads.items()
-            },
+            heads={name: head.cloned() for name, head in self.heads.items()},
         )
 
     def tensors(self) -> list[Tensor]:
@@ -158,6 +162,11 @@ class AdapterWeights:
         for head in self.heads.values():
             found += [head.weight] + ([] if head.bias is None else [head.bias])
         return found
+
+
+def touches_vision(modules: Iterable[str]) -> bool:
+    """Whether one of ``modules`` has a part in an image's encoding."""
+    return any(".visual." in f".{name}" for name in modules)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import mimetypes
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -107,14 +108,16 @@ def combine(console: Console, adapters: Sequence[str], out: Path, base: Path | N
     from lora_runtime.combine import combine as combined
     from lora_runtime.export import write_adapter
     from lora_runtime.layout import BaseLayout
+    from lora_runtime.materialise import Materialiser
     from lora_runtime.parameters import BaseParameters
     from lora_runtime.zoo import paths
 
     folder = base or paths.BASE
     try:
-        layout = BaseLayout.from_config(folder)
-        members = [(read_adapter(path, layout), weight) for path, weight in map(_folder_and_weight, adapters)]
-        weights = combined(members, BaseParameters(folder))
+        layout, parameters = BaseLayout.from_config(folder), BaseParameters(folder)
+        own = Materialiser(parameters, sys.maxsize)
+        members = [(read_adapter(path, layout, own), weight) for path, weight in map(_folder_and_weight, adapters)]
+        weights = combined(members, parameters)
         name = paths.BASE_NAME if base is None else str(folder)
         write_adapter(weights, out, layout, base_name=name)
     except LoomError as error:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from lora_runtime.checkpoint import read_adapter
 from lora_runtime.engine.protocol import AdapterInfo
 from lora_runtime.errors import ContextOverflow, Overloaded
 from lora_runtime.layout import BaseLayout
+from lora_runtime.materialise import Materialiser
+from lora_runtime.parameters import BaseParameters
+from lora_runtime.weights import AdapterWeights
 
 
 class Admission:
@@ -44,11 +48,22 @@ def room_for(prompt_tokens: int, wanted: int | None, limit: int) -> int:
     return limit - prompt_tokens if wanted is None else wanted
 
 
-def examined(path: str, layout: BaseLayout) -> AdapterInfo:
+Read = Callable[[Path], AdapterWeights]
+"""How an engine reads an adapter's folder: against its base, with the limits of its configuration."""
+
+
+def reader(layout: BaseLayout, base_path: str, max_materialised_bytes: int) -> Read:
+    """Reads adapters for the base at ``base_path``."""
+    materialiser = Materialiser(BaseParameters(base_path), max_materialised_bytes)
+    return partial(read_adapter, layout=layout, materialiser=materialiser)
+
+
+def examined(path: str, read: Read) -> AdapterInfo:
     """Read and validate the adapter at ``path``, and say what it holds. Raises AdapterRejected or AdapterMissing."""
-    weights = read_adapter(Path(path), layout)
+    weights = read(Path(path))
     return AdapterInfo(
         version=weights.version,
+        method=weights.method,
         num_bytes=weights.num_bytes,
         max_rank=max((factors.rank for factors in weights.lora.values()), default=0),
         lora_modules=len(weights.lora),

@@ -168,9 +168,13 @@ class Classification:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """What ``examine`` found in an adapter that can be served."""
+    """What ``examine`` found in an adapter that can be served.
+
+    ``method`` is how PEFT trained it; what others than "LORA" change counts among the ``saved_modules``.
+    """
 
     version: str
+    method: str = "LORA"
     num_bytes: int
     max_rank: int
     lora_modules: int

@@ -8,7 +8,7 @@ from lora_runtime.engine.images import ImageProcessor
 from lora_runtime.engine.prompts import Prepared, PromptProcessor
 from lora_runtime.engine.protocol import Prompt
 from tests.oracle.asking import NUM_TOKENS, Answer
-from tests.oracle.world import FAMILIES, World, chat, greedy, picture
+from tests.oracle.world import NAMES, World, chat, greedy, picture
 
 PROMPTS = (
     chat("What colour is the shape?"),
@@ -21,6 +21,7 @@ COMBINATIONS: tuple[dict[str, float], ...] = (
     {"saved_head": 0.6, "saved_vocabulary": 0.8, "saved_norms": 1.1},
     {"vocabulary_lora": 0.5, "saved_vocabulary": 0.5, "tokens": 0.5},
     {"tower": 0.4, "saved_block": -0.7, "own_biases": 1.5, "all_biases": 0.3},
+    {"dora": 0.6, "loha": -0.4, "patterns": 0.8},
 )
 
 Target = tuple[tuple[str, float], ...]
@@ -39,7 +40,7 @@ def oracle_answers(world: World) -> Answers:
     """Every answer, one model at a time."""
     prepared = [prepare(world, prompt) for prompt in PROMPTS]
     answers: Answers = {(): [greedy(world.load(), p, NUM_TOKENS) for p in prepared]}
-    for name in FAMILIES:
+    for name in NAMES:
         model = world.peft(name)
         answers[((name, 1.0),)] = [greedy(model, p, NUM_TOKENS) for p in prepared]
     for shares in COMBINATIONS:

@@ -8,12 +8,10 @@ import random
 import pytest
 import torch
 
-from lora_runtime.checkpoint import read_adapter
 from lora_runtime.combine import combine
 from lora_runtime.engine.embedded.config import EmbeddedConfig
 from lora_runtime.engine.embedded.engine import EmbeddedEngine
 from lora_runtime.engine.protocol import ClassifyRequest
-from lora_runtime.layout import BaseLayout
 from tests.oracle.answers import COMBINATIONS, PROMPTS, Answers, oracle_answers
 from tests.oracle.asking import NUM_TOKENS, answer, close
 from tests.oracle.world import LABELS, World, chat, greedy, label_probabilities, picture
@@ -37,7 +35,7 @@ def test_the_oracle_tells_adapters_apart(oracle):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 async def test_one_mixed_batch_equals_peft_row_by_row(engine, world, oracle, seed):
-    """Base, every family and five combinations, in shuffled order, with 18 adapters on 4 slots and 6 lanes."""
+    """Base, every family and six combinations, in shuffled order, with 21 adapters on 4 slots and 6 lanes."""
     work = [(target, number) for target in oracle for number in range(len(PROMPTS))]
     random.Random(seed).shuffle(work)
 
@@ -116,10 +114,9 @@ async def test_tied_bases_equal_peft(tied_world, name):
 
 def test_a_combination_compiled_to_one_adapter_equals_dense_arithmetic(world):
     base = world.load()
-    layout = BaseLayout.from_model(base)
     parameters = dict(base.named_parameters())
     for shares in COMBINATIONS:
-        members = [(read_adapter(world.adapters[name], layout), share) for name, share in shares.items()]
+        members = [(world.read(name), share) for name, share in shares.items()]
         compiled = combine(members, lambda leaf, parameter: parameters[f"{leaf}.{parameter}"].detach())
         dense = dict(world.dense(shares).named_parameters())
         for leaf in compiled.modules:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import warnings
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -23,10 +24,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForCondi
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from lora_runtime.checkpoint import fingerprint, read_adapter
+from lora_runtime.checkpoint import fingerprint
+from lora_runtime.engine.entry import reader
 from lora_runtime.engine.prompts import Prepared
 from lora_runtime.engine.protocol import AdapterRef, ChatPrompt, ImagePart, Message, TextPart
 from lora_runtime.layout import BaseLayout
+from lora_runtime.weights import AdapterWeights
 from tests.oracle.models import apply_dense
 
 SPECIALS = (
@@ -66,7 +69,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "all_biases": {"r": 4, "target_modules": ["q_proj"], "bias": "all"},
     "own_biases": {"r": 4, "target_modules": ["q_proj", "fc1"], "bias": "lora_only"},
     "lora_bias": {"r": 4, "target_modules": ["q_proj", "down_proj"], "lora_bias": True},
+    "dora": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "gate_proj", "merger.mlp.0"]},
 }
+METHODS: dict[str, PeftConfig] = {
+    "loha": LoHaConfig(r=3, alpha=5, target_modules=["k_proj", "up_proj", "fc1"]),
+    "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "oft": OFTConfig(oft_block_size=32, target_modules=["q_proj", "o_proj"], modules_to_save=["merger"]),
+}
+"""Adapters of other PEFT methods, which are served as saved modules."""
+NAMES = (*FAMILIES, *METHODS)
 
 
 class Qwen2VLForSequenceClassification(GenericForSequenceClassification, Qwen2VLPreTrainedModel):
@@ -83,6 +94,9 @@ class World:
     def ref(self, name: str, weight: float = 1.0) -> AdapterRef:
         path = self.adapters[name]
         return AdapterRef(version=fingerprint(path), path=str(path), name=name, weight=weight)
+
+    def read(self, name: str) -> AdapterWeights:
+        return reader(BaseLayout.from_config(self.base), str(self.base), 1 << 30)(self.adapters[name])
 
     def load(self) -> Qwen2VLForConditionalGeneration:
         return Qwen2VLForConditionalGeneration.from_pretrained(self.base, dtype=torch.float32).eval()
@@ -103,8 +117,7 @@ class World:
     def dense(self, shares: dict[str, float]) -> nn.Module:
         """The oracle of combinations: base + Σ w Δ, added into the weights in fp32."""
         model = self.load()
-        layout = BaseLayout.from_model(model)
-        deltas = [apply_dense(self.load(), read_adapter(self.adapters[name], layout)) for name in shares]
+        deltas = [apply_dense(self.load(), self.read(name)) for name in shares]
         with torch.no_grad():
             own = {name: p.clone() for name, p in model.named_parameters()}
             for name, p in model.named_parameters():
@@ -116,8 +129,9 @@ class World:
 def build_world(root: Path, *, tie: bool = False) -> World:
     """Write the base, an adapter of each family and a classifier; a few seconds."""
     world = World(_write_base(root / "base", tie), {})
-    for seed, (name, options) in enumerate(FAMILIES.items(), start=100):
-        world.adapters[name] = _write_adapter(world.load(), root / name, LoraConfig(**options), seed)
+    configs = {name: LoraConfig(**options) for name, options in FAMILIES.items()} | copy.deepcopy(METHODS)
+    for seed, (name, config) in enumerate(configs.items(), start=100):
+        world.adapters[name] = _write_adapter(world.load(), root / name, config, seed)
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["score"], task_type="SEQ_CLS")
     folder = _write_adapter(world.classifier(), root / "classifier", config, seed=7)
     (folder / "config.json").write_text(json.dumps({"id2label": dict(enumerate(LABELS))}))
@@ -169,7 +183,7 @@ def _inputs(model: nn.Module, ids: Tensor, prepared: Prepared) -> dict[str, Tens
     return inputs
 
 
-def _write_adapter(model: nn.Module, path: Path, config: LoraConfig, seed: int) -> Path:
+def _write_adapter(model: nn.Module, path: Path, config: PeftConfig, seed: int) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = get_peft_model(model, config)

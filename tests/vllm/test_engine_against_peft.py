@@ -24,7 +24,7 @@ TOLERANCE = 1e-3
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 async def test_one_mixed_batch_equals_peft_row_by_row(engine, world, oracle, seed):
-    """Base, every family and five combinations, in shuffled order; from the second round the prefix cache is warm."""
+    """Base, every family and six combinations, in shuffled order; from the second round the prefix cache is warm."""
     work = [(target, number) for target in oracle for number in range(len(PROMPTS))]
     random.Random(seed).shuffle(work)
 

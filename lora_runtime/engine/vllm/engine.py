@@ -12,14 +12,12 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_runtime.checkpoint import read_adapter
-from lora_runtime.engine.entry import Admission, examined, room_for
+from lora_runtime.checkpoint import AdapterOutline, outline_adapter
+from lora_runtime.engine.entry import Admission, examined, reader, room_for
 from lora_runtime.engine.heads import select_head
 from lora_runtime.engine.images import ImageProcessor
 from lora_runtime.engine.prompts import Prepared, PromptProcessor
@@ -50,17 +48,8 @@ from lora_runtime.errors import (
     InvalidRequest,
 )
 from lora_runtime.layout import BaseLayout
-from lora_runtime.weights import Head
 
 PREPARE_THREADS = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Known:
-    """What is remembered of an adapter that was read once."""
-
-    heads: Mapping[str, Head]
-    touches_vision: bool
 
 
 class VllmEngine:
@@ -71,6 +60,7 @@ class VllmEngine:
         names.check_version()
         self._config = config
         self._layout = BaseLayout.from_config(config.base_path)
+        self._read = reader(self._layout, config.base_path, config.saved_bytes)
         images = ImageProcessor(config.base_path, max_pixels=config.max_image_pixels)
         self._prompts = PromptProcessor(
             config.base_path, images, max_images=config.max_images, rope_index=_no_positions
@@ -78,7 +68,7 @@ class VllmEngine:
         self._images = images
         self._token_text = TokenText(self._prompts.tokenizer)
         self._executor = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="loom-prepare")
-        self._known: dict[str, Known] = {}
+        self._known: dict[str, AdapterOutline] = {}
         self._residency = Residency(config.max_slots, self._fill)
         self._next_id = itertools.count(1)
         self._next_number = itertools.count(1)
@@ -160,7 +150,7 @@ class VllmEngine:
 
     async def examine(self, path: str) -> AdapterInfo:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, examined, path, self._layout)
+        return await loop.run_in_executor(self._executor, examined, path, self._read)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if request.sampling.n > self._config.max_batch_size:
@@ -312,16 +302,17 @@ class VllmEngine:
         with self._admitted.entered():
             yield
 
-    async def _prepare(self, prompt: Prompt, adapters: tuple[AdapterRef, ...]) -> tuple[Prepared, dict[str, Known]]:
+    async def _prepare(
+        self, prompt: Prompt, adapters: tuple[AdapterRef, ...]
+    ) -> tuple[Prepared, dict[str, AdapterOutline]]:
         """Tokenize, and read what is not known of the adapters, off the event loop and before any slot is taken."""
         refs = [ref for ref in adapters if ref.weight != 0]
         self._residency.table.check_fits(ref.version for ref in refs)
         loop = asyncio.get_running_loop()
         for ref in refs:
             if ref.version not in self._known:
-                weights = await loop.run_in_executor(self._executor, read_adapter, Path(ref.path), self._layout)
-                heads = weights.cloned().heads if weights.heads else {}
-                self._known[ref.version] = Known(heads=heads, touches_vision=weights.touches_vision)
+                outline = await loop.run_in_executor(self._executor, outline_adapter, ref.path, self._layout)
+                self._known[ref.version] = outline
         prepared = await loop.run_in_executor(self._executor, self._prompts.prepare, prompt)
         return prepared, {ref.version: self._known[ref.version] for ref in refs}
 
@@ -339,7 +330,7 @@ def _signature(slots: Mapping[str, int], shares: Mapping[str, float]) -> Signatu
     return tuple(sorted((slots[version], weight) for version, weight in shares.items()))
 
 
-def _visual(known: Mapping[str, Known], shares: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+def _visual(known: Mapping[str, AdapterOutline], shares: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
     """The part of a target that an image's encoding depends on."""
     return tuple(sorted((v, w) for v, w in shares.items() if known[v].touches_vision))
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_runtime.checkpoint import fingerprint, read_adapter
+from lora_runtime.checkpoint import fingerprint
+from lora_runtime.engine.entry import reader
 from lora_runtime.engine.routing import Router, Routing, Space
 from lora_runtime.engine.vllm.binding import SCHEME, Binding
 from lora_runtime.engine.vllm.contract import check_contract
@@ -50,6 +51,7 @@ class SlotManager:
         """Wrap the model's leaves; vLLM calls this once, after its weights are loaded."""
         self._layout = BaseLayout.from_config(self._base_path)
         self._parameters = BaseParameters(self._base_path)
+        self._read = reader(self._layout, self._base_path, self._budget)
         self._leaves = wrap_leaves(model, self._layout, self._router)
         self._heads = HeadLogits(model)
         self._model = model
@@ -67,7 +69,7 @@ class SlotManager:
         self.clear(slot)
         # Copied out of the mapped file before it is hashed: one that changes meanwhile hashes otherwise, and
         # one that is cut short later cannot take the process down.
-        weights = read_adapter(Path(path), self._layout).cloned()
+        weights = self._read(Path(path)).cloned()
         if (found := fingerprint(Path(path))) != version:
             raise AdapterRejected(
                 f"The adapter changed on disk since it was registered ({version[:12]}, now {found[:12]}).",

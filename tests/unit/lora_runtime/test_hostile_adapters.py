@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save
 from lora_runtime.checkpoint import fingerprint, read_adapter
 from lora_runtime.errors import AdapterMissing, AdapterRejected
 from lora_runtime.layout import BaseLayout
+from lora_runtime.materialise import Materialiser
 from lora_runtime.weights import AdapterWeights, is_finite
+from tests.oracle.methods import METHODS
 from tests.oracle.models import save_adapter, tiny_qwen2vl
 
 LAYOUT = BaseLayout.from_model(tiny_qwen2vl())
@@ -26,6 +28,11 @@ FIELDS = (
     "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices", "bias",
     "lora_bias", "init_lora_weights", "ensure_weight_tying", "use_dora", "id2label",
+)  # fmt: skip
+OPTIONS = (
+    "alpha", "use_effective_conv2d", "decompose_both", "decompose_factor", "feedforward_modules", "oft_block_size",
+    "coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms", "apply_GS", "n_frequency",
+    "scaling", "random_loc_seed", "delora_lambda",
 )  # fmt: skip
 
 words = st.one_of(
@@ -63,13 +70,15 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_adapter(tiny_qwen2vl, config, tmp_path_factory.mktemp("adapter") / "original")
 
 
-def check(folder: Path, config: dict[str, Any] | bytes, tensors: bytes) -> None:
+def check(
+    folder: Path, config: dict[str, Any] | bytes, tensors: bytes, materialiser: Materialiser | None = None
+) -> None:
     data = config if isinstance(config, bytes) else json.dumps(config).encode()
     (folder / "adapter_config.json").write_bytes(data)
     (folder / "adapter_model.safetensors").write_bytes(tensors)
     for layout in (LAYOUT, TIED):
         try:
-            weights = read_adapter(folder, layout)
+            weights = read_adapter(folder, layout, materialiser)
         except (AdapterRejected, AdapterMissing) as error:
             assert len(error.message) < 4000
             continue
@@ -84,6 +93,24 @@ def check(folder: Path, config: dict[str, Any] | bytes, tensors: bytes) -> None:
 def test_configs(original: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     config = json.loads((original / "adapter_config.json").read_text()) | changes
     check(tmp_path, config, (original / "adapter_model.safetensors").read_bytes())
+
+
+@pytest.fixture(scope="module", params=["dora", "loha", "lokr", "ia3, patterns", "oft", "hra", "fourierft", "delora"])
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(tiny_qwen2vl, METHODS[request.param], tmp_path_factory.mktemp("adapter") / "other")
+
+
+@pytest.fixture(scope="module")
+def own() -> Materialiser:
+    model = tiny_qwen2vl()
+    return Materialiser(lambda leaf, name: model.get_parameter(f"{leaf}.{name}").detach(), 1 << 30)
+
+
+@settings(fuzz, max_examples=40)
+@given(changes=st.dictionaries(st.sampled_from(FIELDS + OPTIONS), values, min_size=1, max_size=3))
+def test_configs_of_other_methods(other: Path, own: Materialiser, tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = json.loads((other / "adapter_config.json").read_text()) | changes
+    check(tmp_path, config, (other / "adapter_model.safetensors").read_bytes(), own)
 
 
 @fuzz

@@ -90,7 +90,6 @@ class TestOptions:
     @pytest.mark.parametrize(
         "option",
         [
-            {"use_dora": True},
             {"use_qalora": True},
             {"alora_invocation_tokens": [1, 2]},
             {"megatron_config": {"tensor_model_parallel_size": 2}},
@@ -117,10 +116,10 @@ class TestOptions:
         error = refusal(UnsupportedAdapter, folder, next(iter(option)))
         assert error.facts["options"] == list(option)
 
-    @pytest.mark.parametrize("peft_type", ["ADALORA", "LOHA", "PREFIX_TUNING", None, 5, ["LORA"]])
+    @pytest.mark.parametrize("peft_type", ["ADALORA", "VERA", "PREFIX_TUNING", None, 5, ["LORA"]])
     def test_other_methods(self, folder: Path, peft_type: Any) -> None:
         edit(folder, peft_type=peft_type)
-        refusal(UnsupportedAdapter, folder, "only LORA is served")
+        refusal(UnsupportedAdapter, folder, r"LORA \(with DoRA\), LOHA, LOKR, .* are served")
 
     @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
     def test_starts_that_leave_the_base_alone(self, folder: Path, init: Any) -> None:
