@@ -24,6 +24,7 @@ def test_a_leaf_that_deviates_is_named(error):
     from lora_runtime.engine.vllm.contract import check_contract
     from lora_runtime.engine.vllm.fusion import FusedLeaf
     from lora_runtime.engine.vllm.leaves import WrappedLeaf
+    from lora_runtime.engine.vllm.sharding import WHOLE
 
     weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     router = Router()
@@ -31,22 +32,19 @@ def test_a_leaf_that_deviates_is_named(error):
     module.weight.data = weight * 1.01 if error == "weight" else weight
     layer = SlotLinear(module, "text", router)
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.down = nn.Linear(5, 6, bias=False)
-            self.down.forward = lambda x: layer(x.flip(0)).flip(0) if error == "rows" else layer(x)
-
     leaf = Leaf(kind="linear", parameters={"weight": (6, 5)}, in_features=5, out_features=6)
     layout = BaseLayout(
         leaves={"down": leaf}, tied={}, containers=frozenset(), embedding="e", vocab_size=1, hidden_size=5
     )
-    leaves = {"down": WrappedLeaf(layer, FusedLeaf(parts=("down",), widths=(6,)))}
+    model = nn.ModuleDict({"down": nn.Linear(5, 6, bias=False)})
+    replacement = (lambda x: layer(x.flip(0)).flip(0)) if error == "rows" else layer.forward
+    fused_leaf = FusedLeaf(parts=("down",), widths=(6,), shards=(WHOLE,))
+    leaves = {"down": WrappedLeaf(layer, fused_leaf, model["down"], "forward", replacement)}
     if error is None:
-        assert check_contract(Model(), leaves, layout, lambda name, parameter: weight, router) == 1
+        assert check_contract(model, leaves, layout, lambda name, parameter: weight, router) == 1
     else:
         with pytest.raises(EngineFault, match="'down'"):
-            check_contract(Model(), leaves, layout, lambda name, parameter: weight, router)
+            check_contract(model, leaves, layout, lambda name, parameter: weight, router)
     assert not layer.owners
 
 

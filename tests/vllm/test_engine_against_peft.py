@@ -11,7 +11,7 @@ import pytest
 from lora_runtime.engine.protocol import ClassifyRequest
 from tests.oracle.answers import PROMPTS, prepare
 from tests.oracle.asking import answer, close
-from tests.oracle.world import LABELS, chat, greedy, label_probabilities, picture
+from tests.oracle.world import LABELS, build_world, chat, greedy, label_probabilities, picture
 from tests.vllm.conftest import running
 
 pytestmark = [
@@ -91,3 +91,16 @@ async def test_saved_modules_beyond_the_budget_are_refused(world):
             await answer(poor, PROMPTS[0], (world.ref("saved_vocabulary"),))
         assert (await answer(poor, PROMPTS[0], (world.ref("saved_norms"),)))[0]
         assert poor.stats().held_slots == 0
+
+
+async def test_tied_bases_equal_peft(tmp_path):
+    """The head is the embedding's own module there, and adapters change one, the other or both."""
+    tied = build_world(tmp_path, tie=True)
+    async with running(tied) as engine:
+        for name in ("tokens", "saved_vocabulary", "saved_head", "vocabulary_lora"):
+            model = tied.peft(name)
+            for prompt in PROMPTS[:2]:
+                want = greedy(model, prepare(tied, prompt), 8)
+                close(await answer(engine, prompt, (tied.ref(name),)), want, name, TOLERANCE)
+            base = greedy(tied.load(), prepare(tied, PROMPTS[0]), 8)
+            close(await answer(engine, PROMPTS[0]), base, f"the base beside {name}", TOLERANCE)

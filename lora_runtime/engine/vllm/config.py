@@ -16,7 +16,8 @@ class VllmConfig:
     ``kv_cache_bytes``: keys and values on a CPU; on a GPU vLLM takes ``gpu_memory_utilization`` of the card.
     ``max_waiting``: requests queued beyond those that run. ``max_image_pixels`` bounds an image before it is
     decoded, ``max_images`` those of a request. ``prefix_caching``: keys and values of equal beginnings of
-    equal targets are kept. ``extra``: further arguments of vLLM's engine, by its own names.
+    equal targets are kept. ``tensor_parallel_size``: workers, each with a device and a part of every leaf, whose
+    ``saved_bytes`` are for its own part. ``extra``: further arguments of vLLM's engine, by its own names.
     """
 
     base_path: str
@@ -32,6 +33,7 @@ class VllmConfig:
     max_image_pixels: int = 16_000_000
     max_images: int = 16
     prefix_caching: bool = True
+    tensor_parallel_size: int = 1
     seed: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -39,5 +41,9 @@ class VllmConfig:
         for name in ("max_batch_size", "max_batched_tokens", "max_slots", "max_images", "max_image_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.extra.get("tensor_parallel_size", 1) != 1 or self.extra.get("pipeline_parallel_size", 1) != 1:
-            raise ValueError("The vLLM engine does not shard slots over several devices yet; use replicas.")
+        if self.extra.get("pipeline_parallel_size", 1) != 1:
+            raise ValueError(
+                "The vLLM engine does not split a model into stages; use tensor_parallel_size, or replicas."
+            )
+        if self.tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size must be at least 1, not {self.tensor_parallel_size}")

@@ -41,6 +41,7 @@ from lora_runtime.engine.vllm.binding import Binding
 from lora_runtime.engine.vllm.config import VllmConfig
 from lora_runtime.engine.vllm.residency import Residency
 from lora_runtime.engine.vllm.translate import Events, engine_input, sampling_params
+from lora_runtime.engine.vllm.worker import PENDING
 from lora_runtime.errors import (
     AdapterRejected,
     DeadlineExceeded,
@@ -50,6 +51,8 @@ from lora_runtime.errors import (
 from lora_runtime.layout import BaseLayout
 
 PREPARE_THREADS = 4
+MAX_PAUSE_S = 0.05
+"""Between questions whether an adapter is read."""
 
 
 class VllmEngine:
@@ -116,6 +119,7 @@ class VllmEngine:
             max_num_batched_tokens=config.max_batched_tokens,
             gpu_memory_utilization=config.gpu_memory_utilization,
             enable_prefix_caching=config.prefix_caching,
+            tensor_parallel_size=config.tensor_parallel_size,
             seed=config.seed,
             # vLLM's own limit of adapters a batch: here an id is a target, and needs no memory.
             enable_lora=True,
@@ -285,13 +289,21 @@ class VllmEngine:
 
     async def _fill(self, slot: int, ref: AdapterRef) -> None:
         start = time.monotonic()
+        pause = 0.005
         try:
-            said = await self._engine.collective_rpc("loom_fill", args=(slot, ref.path, ref.version))
+            while PENDING in (
+                said := await self._engine.collective_rpc("loom_fill", args=(slot, ref.path, ref.version))
+            ):
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MAX_PAUSE_S)
+            wrong = [message for message in said if message is not None]
+            if wrong:
+                # Another worker may have filled its part.
+                await self._engine.collective_rpc("loom_clear", args=(slot,))
         except names.EngineDeadError as error:
             raise EngineFault("vLLM's engine process died while an adapter was loaded. Send it again.") from error
         self._counters["adapter_loads"] += 1
         self._counters["adapter_load_seconds"] += time.monotonic() - start  # type: ignore[assignment]  # floats too
-        wrong = [message for message in said if message is not None]
         if wrong:
             raise AdapterRejected(wrong[0])
 

@@ -1,7 +1,8 @@
 """An adapter's parts for a leaf that another runtime made of several: q, k and v in one, gate and up in one.
 
 Outputs of fused leaves follow one another, so factors stack along the rank with ``b`` block by block, and a
-leaf saved in full takes the base's rows where a part is not saved. Vocabularies may be padded.
+leaf saved in full takes the base's rows where a part is not saved. Vocabularies may be padded. Under tensor
+parallelism all of it is of the part that this worker holds (:mod:`.sharding`).
 
 Shape legend: R rank, I in features, O out features, V vocabulary, D embedding width.
 """
@@ -9,12 +10,13 @@ Shape legend: R rank, I in features, O out features, V vocabulary, D embedding w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lora_runtime.engine.vllm.sharding import Shard
 from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule, TokenRows
 
 BaseTensor = Callable[[str, str], Tensor]
@@ -23,13 +25,15 @@ BaseTensor = Callable[[str, str], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusedLeaf:
-    """``parts``: canonical leaves in the order of their outputs, ``widths`` their out features.
+    """``parts``: canonical leaves in the order of their outputs, ``widths`` their out features in this worker.
 
-    ``size``: what the padded dimension of a vocabulary holds there; None where nothing is padded.
+    ``shards``: what this worker holds of each part. ``size``: what the padded dimension of a vocabulary holds
+    here; None where nothing is padded.
     """
 
     parts: tuple[str, ...]
     widths: tuple[int, ...]
+    shards: tuple[Shard, ...]
     is_embedding: bool = False
     size: int | None = None
 
@@ -53,13 +57,23 @@ class LeafParts:
         """Elements of what is saved in full."""
         return 0 if self.saved is None else sum(tensor.numel() for tensor in self.saved.parameters.values())
 
+    def in_dtype(self, dtype: torch.dtype) -> LeafParts:
+        """With what is saved in full converted; factors stay as they are until their scaling is folded in."""
+        if self.saved is None:
+            return self
+        parameters = {name: tensor.to(dtype) for name, tensor in self.saved.parameters.items()}
+        return replace(self, saved=SavedModule(parameters=parameters))
+
 
 def fused(weights: AdapterWeights, leaf: FusedLeaf, base: BaseTensor) -> LeafParts:
     """The parts of ``weights`` for ``leaf``. ``base`` is asked only where a leaf is saved in part."""
-    rows = [weights.token_rows[name] for name in leaf.parts if name in weights.token_rows]
+    held = list(zip(leaf.parts, leaf.shards, strict=True))
+    rows = [shard.token_rows(weights.token_rows[name]) for name, shard in held if name in weights.token_rows]
+    lora = [shard.lora(weights.lora[name]) if name in weights.lora else None for name, shard in held]
+    saved = [shard.saved(weights.saved[name]) if name in weights.saved else None for name, shard in held]
     return LeafParts(
-        lora=_fused_lora([weights.lora.get(name) for name in leaf.parts], leaf),
-        saved=_fused_saved([weights.saved.get(name) for name in leaf.parts], leaf, base),
+        lora=_fused_lora(lora, leaf),
+        saved=_fused_saved(saved, leaf, base),
         rows=rows[0] if rows else None,
         ranks=tuple(weights.lora[name].rank if name in weights.lora else 0 for name in leaf.parts),
     )
@@ -92,11 +106,16 @@ def _fused_saved(members: Sequence[SavedModule | None], leaf: FusedLeaf, base: B
     if not named:
         return None
 
+    def held(part: str, shard: Shard, member: SavedModule | None, name: str) -> Tensor:
+        if member is not None and name in member.parameters:
+            return member.parameters[name]
+        own = shard.parameter(name, base(part, name))
+        assert own is not None, "parts of one leaf have their biases in the same workers"
+        return own
+
     def parameter(name: str) -> Tensor:
-        tensors = [
-            member.parameters[name] if member is not None and name in member.parameters else base(part, name)
-            for part, member in zip(leaf.parts, members, strict=True)
-        ]
+        each = zip(leaf.parts, leaf.shards, members, strict=True)
+        tensors = [held(part, shard, member, name) for part, shard, member in each]
         whole = tensors[0] if len(tensors) == 1 else torch.cat([tensor.float() for tensor in tensors])
         missing = 0 if leaf.size is None else leaf.size - whole.shape[0]
         return pad(whole, (0, 0) * (whole.ndim - 1) + (0, missing)) if missing else whole

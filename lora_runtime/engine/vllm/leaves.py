@@ -9,21 +9,26 @@ Rows that a step pads beyond its tokens are base rows.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_runtime.engine.layers import SlotConv, SlotEmbedding, SlotLayer, SlotLinear, SlotNorm, space_of
-from lora_runtime.engine.routing import Router
-from lora_runtime.engine.vllm.fusion import FusedLeaf
+from lora_runtime.engine.routing import Router, Space
+from lora_runtime.engine.vllm.fusion import FusedLeaf, LeafParts
 from lora_runtime.engine.vllm.names import (
+    ColumnParallelLinear,
     Conv3dLayer,
     LinearBase,
+    QKVParallelLinear,
     RMSNorm,
+    RowParallelLinear,
     VocabParallelEmbedding,
 )
+from lora_runtime.engine.vllm.sharding import WHOLE, Shard, evenly, heads
 from lora_runtime.errors import EngineFault
 from lora_runtime.layout import BaseLayout
 
@@ -34,12 +39,30 @@ FUSED = {
 """vLLM's leaf → the leaves it is made of, in order of outputs, where the base has those."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class WrappedLeaf:
-    """One slot layer in vLLM's model, and the leaves of the base that it stands for."""
+    """A slot layer for one of vLLM's modules, and the leaves of the base that it stands for.
 
-    layer: SlotLayer
-    leaf: FusedLeaf
+    It takes the module's place only while something is in its slots: until then vLLM runs as if it were not there.
+    """
+
+    def __init__(self, layer: SlotLayer, leaf: FusedLeaf, owner: Any, attribute: str, replacement: Any) -> None:
+        """``replacement`` becomes ``attribute`` of the instance ``owner``, in front of its class's own."""
+        self.layer = layer
+        self.leaf = leaf
+        self._owner = owner
+        self._attribute = attribute
+        self._replacement = replacement
+
+    def fill(self, slot: int, parts: LeafParts) -> None:
+        """Put an adapter's parts into ``slot``, which must be clear."""
+        self.layer.fill(slot, parts.lora, parts.saved, parts.rows, parts.ranks)
+        setattr(self._owner, self._attribute, self._replacement)
+
+    def clear(self, slot: int) -> None:
+        """Empty ``slot``; nothing happens where it is empty."""
+        self.layer.clear(slot)
+        if not self.layer.owners:
+            vars(self._owner).pop(self._attribute, None)
 
 
 def wrap_leaves(model: nn.Module, layout: BaseLayout, router: Router) -> dict[str, WrappedLeaf]:
@@ -47,11 +70,11 @@ def wrap_leaves(model: nn.Module, layout: BaseLayout, router: Router) -> dict[st
 
     Raises EngineFault naming what of the base was not found: an adapter on it would have no effect.
     """
-    prepack = next(model.parameters()).device.type == "cpu"
+    wrapping = _Wrapping(layout, router, prepack=next(model.parameters()).device.type == "cpu")
     wrapped: dict[str, WrappedLeaf] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         parts = _parts(name, layout)
-        if parts is not None and (found := _wrap(module, parts, layout, router, prepack)) is not None:
+        if parts is not None and (found := wrapping.leaf(module, parts)) is not None:
             wrapped[name] = found
     covered = {part for found in wrapped.values() for part in found.leaf.parts}
     missing = sorted(set(layout.leaves) - covered)
@@ -62,6 +85,33 @@ def wrap_leaves(model: nn.Module, layout: BaseLayout, router: Router) -> dict[st
             missing=missing,
         )
     return wrapped
+
+
+def shards_of(module: Any, widths: Sequence[int]) -> tuple[Shard, ...]:
+    """What this worker holds of each of the leaves with ``widths`` outputs that ``module`` computes."""
+    num_workers = getattr(module, "tp_size", 1)
+    if num_workers == 1:
+        return (WHOLE,) * len(widths)
+    if isinstance(module, VocabParallelEmbedding):
+        indices = module.shard_indices
+        return (Shard(rows=((indices.org_vocab_start_index, indices.org_vocab_end_index),)),)
+    rank = module.tp_rank
+    if isinstance(module, QKVParallelLinear):
+        spans = [
+            heads(module.total_num_heads, module.head_size, rank, num_workers),
+            heads(module.total_num_kv_heads, module.head_size, rank, num_workers),
+            heads(module.total_num_kv_heads, module.v_head_size, rank, num_workers),
+        ]
+        if len(widths) == 3:
+            return tuple(Shard(rows=(span,)) for span in spans)
+        sizes = (module.total_num_heads * module.head_size, module.total_num_kv_heads * module.head_size)
+        starts = (0, sizes[0], sum(sizes))
+        return (Shard(rows=tuple((at + start, at + stop) for at, (start, stop) in zip(starts, spans, strict=True))),)
+    if isinstance(module, ColumnParallelLinear):
+        return tuple(Shard(rows=(evenly(width, rank, num_workers),)) for width in widths)
+    if isinstance(module, RowParallelLinear):
+        return (Shard(columns=evenly(module.input_size, rank, num_workers), has_bias=rank == 0),)
+    return (WHOLE,) * len(widths)
 
 
 def canonical_name(name: str) -> str:
@@ -85,47 +135,60 @@ def _parts(name: str, layout: BaseLayout) -> tuple[str, ...] | None:
     return parts if parts and all(part in layout.leaves for part in parts) else None
 
 
-def _wrap(module: Any, parts: tuple[str, ...], layout: BaseLayout, router: Router, prepack: bool) -> WrappedLeaf | None:
-    space = space_of(parts[0])
-    widths = tuple(layout.leaves[part].out_features for part in parts)
-    if isinstance(module, VocabParallelEmbedding):
-        padded: int = module.num_embeddings_padded
-        if parts == ("lm_head",):
-            method = _own_method(module)
-            compute = method.apply
-            head = SlotLinear(module, space, router, prepack=prepack, own=lambda x: compute(module, x))
-            method.apply = lambda layer, x, bias=None: _routed(head, x)
-            return WrappedLeaf(head, FusedLeaf(parts=parts, widths=widths, size=padded))
-        method = _own_method(module)
-        look_up = method.embedding
-        table = VllmEmbedding(module, space, router, lambda ids: look_up(module, ids))
-        method.embedding = lambda layer, ids: _routed(table, ids)
-        return WrappedLeaf(table, FusedLeaf(parts=parts, widths=widths, is_embedding=True, size=padded))
-    if isinstance(module, LinearBase):
-        method = _own_method(module)
-        product = method.apply
-        linear = SlotLinear(module, space, router, prepack=prepack, own=lambda x: product(module, x, module.bias))
-        method.apply = lambda layer, x, bias=None: _routed(linear, x)
-        if len(widths) > 1:
-            linear.set_widths(widths)
-        return WrappedLeaf(linear, FusedLeaf(parts=parts, widths=widths))
-    layer: SlotLayer
-    if isinstance(module, RMSNorm):
-        layer = VllmNorm(module, space, router)
-    elif isinstance(module, nn.LayerNorm):
-        layer = SlotNorm(_detached(module), space, router)
-    elif isinstance(module, Conv3dLayer):
-        layer = SlotConv(_detached(module), space, router)
-    else:
+class _Wrapping:
+    """Makes slot layers for the modules of one model."""
+
+    def __init__(self, layout: BaseLayout, router: Router, *, prepack: bool) -> None:
+        self._layout = layout
+        self._router = router
+        self._prepack = prepack
+        self._methods: dict[nn.Module, Any] = {}
+
+    def leaf(self, module: Any, parts: tuple[str, ...]) -> WrappedLeaf | None:
+        """The slot layer for ``module``, which computes ``parts``; None for what is no leaf."""
+        space = space_of(parts[0])
+        shards = shards_of(module, [self._layout.leaves[part].out_features for part in parts])
+        widths = tuple(
+            shard.width(self._layout.leaves[part].out_features) for part, shard in zip(parts, shards, strict=True)
+        )
+        leaf = FusedLeaf(parts=parts, widths=widths, shards=shards)
+        if isinstance(module, VocabParallelEmbedding):
+            leaf = replace(leaf, is_embedding=parts != ("lm_head",), size=module.num_embeddings_per_partition)
+            return self._table(module, leaf) if leaf.is_embedding else self._linear(module, leaf)
+        if isinstance(module, LinearBase):
+            return self._linear(module, leaf)
+        if isinstance(module, RMSNorm):
+            norm = VllmNorm(module, space, self._router)
+            return WrappedLeaf(norm, leaf, module, "forward", norm.forward)
+        if isinstance(module, nn.LayerNorm | Conv3dLayer):
+            slot_class = SlotNorm if isinstance(module, nn.LayerNorm) else SlotConv
+            layer = slot_class(_detached(module), space, self._router)
+            return WrappedLeaf(layer, leaf, module, "forward", lambda x: _routed(layer, x))
         return None
-    module.forward = layer.forward if isinstance(layer, VllmNorm) else lambda x: _routed(layer, x)
-    return WrappedLeaf(layer, FusedLeaf(parts=parts, widths=widths))
 
+    def _linear(self, module: Any, leaf: FusedLeaf) -> WrappedLeaf:
+        method = self._own_method(module)
+        space = space_of(leaf.parts[0])
+        layer = VllmLinear(
+            module, space, self._router, method.apply, prepack=self._prepack, has_bias=leaf.shards[0].has_bias
+        )
+        if len(leaf.widths) > 1:
+            layer.set_widths(leaf.widths)
+        return WrappedLeaf(layer, leaf, method, "apply", lambda _, x, bias=None: _routed(layer, x))
 
-def _own_method(module: Any) -> Any:
-    """A ``quant_method`` that belongs to ``module`` alone; a tied head may share its embedding's."""
-    module.quant_method = copy.copy(module.quant_method)
-    return module.quant_method
+    def _table(self, module: Any, leaf: FusedLeaf) -> WrappedLeaf:
+        method = self._own_method(module)
+        look_up = method.embedding
+        # A kernel for sharded vocabularies that would go past the method.
+        module.use_fused_embedding = False
+        layer = VllmEmbedding(module, space_of(leaf.parts[0]), self._router, lambda ids: look_up(module, ids))
+        return WrappedLeaf(layer, leaf, method, "embedding", lambda _, ids: _routed(layer, ids))
+
+    def _own_method(self, module: Any) -> Any:
+        """The ``quant_method`` of ``module`` alone. A tied head is the same module as its embedding."""
+        if module not in self._methods:
+            self._methods[module] = module.quant_method = copy.copy(module.quant_method)
+        return self._methods[module]
 
 
 def _detached(module: nn.Module) -> nn.Module:
@@ -144,10 +207,25 @@ def _routed(layer: SlotLayer, x: Tensor) -> Tensor:
     return torch.cat([cast(Tensor, layer(x[: routing.num_tokens])), own])
 
 
+class VllmLinear(SlotLinear):
+    """A linear, or a vocabulary's head, that vLLM multiplies with."""
+
+    def __init__(
+        self, base: nn.Module, space: Space, router: Router, product: Any, *, prepack: bool, has_bias: bool
+    ) -> None:
+        self._has_bias = has_bias
+        super().__init__(base, space, router, prepack=prepack, own=lambda x: product(base, x, self.bias))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """None also in a worker that leaves it to the first to add the bias of a sum."""
+        return super().bias if self._has_bias else None
+
+
 class VllmEmbedding(SlotEmbedding):
     """An embedding table that vLLM looks up."""
 
-    def __init__(self, base: nn.Module, space: Any, router: Router, own: Any) -> None:
+    def __init__(self, base: nn.Module, space: Space, router: Router, own: Any) -> None:
         super().__init__(base, space, router)
         self._look_up = own
 
@@ -158,7 +236,7 @@ class VllmEmbedding(SlotEmbedding):
 class VllmNorm(SlotNorm):
     """vLLM's RMSNorm, which adds the residual first and returns the sum beside the result."""
 
-    def __init__(self, base: nn.Module, space: Any, router: Router) -> None:
+    def __init__(self, base: nn.Module, space: Space, router: Router) -> None:
         super().__init__(_detached(base), space, router)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:

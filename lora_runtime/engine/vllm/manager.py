@@ -25,6 +25,7 @@ from lora_runtime.engine.vllm.fusion import fused
 from lora_runtime.engine.vllm.heads import HeadLogits
 from lora_runtime.engine.vllm.leaves import WrappedLeaf, wrap_leaves
 from lora_runtime.engine.vllm.names import LoRAMappingType
+from lora_runtime.engine.vllm.staging import Staged, Staging
 from lora_runtime.errors import AdapterRejected, EngineFault, InvalidCombination
 from lora_runtime.layout import BaseLayout
 from lora_runtime.parameters import BaseParameters
@@ -43,6 +44,10 @@ class SlotManager:
         self._device = device
         self._router = Router()
         self._bytes: dict[int, int] = {}
+        self._versions: dict[int, str] = {}
+        self._awaited: dict[int, str] = {}
+        """Versions being read, by the slot they are for."""
+        self._staging = Staging(self._prepared)
         self.num_encoded = 0
         """Images that went through the tower."""
         self._leaves: dict[str, WrappedLeaf] = {}
@@ -61,12 +66,33 @@ class SlotManager:
         """Prove the leaves against dense weights; see :mod:`.contract`. Returns how many, raises EngineFault."""
         return check_contract(self._model, self._leaves, self._layout, self._parameters, self._router)
 
-    def fill(self, slot: int, path: str, version: str) -> int:
-        """Read the adapter at ``path`` into ``slot``; returns its saved bytes there. All or nothing.
+    def fill(self, slot: int, path: str, version: str) -> bool:
+        """Put the adapter at ``path`` into ``slot``, all or nothing. False while it is being read: call again.
 
-        Raises AdapterRejected for content other than ``version``, or beyond the memory budget.
+        Raises AdapterRejected for content other than ``version``, InvalidCombination beyond the memory budget.
         """
+        if self._versions.get(slot) == version:
+            return True
+        if (other := self._awaited.pop(slot, version)) != version:
+            self._staging.drop(other)
         self.clear(slot)
+        staged = self._staging.take(path, version)
+        if staged is None:
+            self._awaited[slot] = version
+            return False
+        self._bytes[slot] = self._affordable(staged.num_saved * self._dtype.itemsize)
+        try:
+            for name, part in staged.parts.items():
+                self._leaves[name].fill(slot, part)
+            self._heads.fill(slot, staged.heads)
+        except BaseException:
+            self.clear(slot)
+            raise
+        self._versions[slot] = version
+        return True
+
+    def _prepared(self, path: str, version: str) -> Staged:
+        """Runs beside the step, on a thread of its own."""
         # Copied out of the mapped file before it is hashed: one that changes meanwhile hashes otherwise, and
         # one that is cut short later cannot take the process down.
         weights = self._read(Path(path)).cloned()
@@ -77,16 +103,10 @@ class SlotManager:
                 found=found,
             )
         parts = {name: fused(weights, wrapped.leaf, self._parameters) for name, wrapped in self._leaves.items()}
-        self._bytes[slot] = self._affordable(sum(part.num_saved for part in parts.values()) * self._dtype.itemsize)
-        try:
-            for name, part in parts.items():
-                if not part.is_empty:
-                    self._leaves[name].layer.fill(slot, part.lora, part.saved, part.rows, part.ranks)
-            self._heads.fill(slot, weights.heads)
-        except BaseException:
-            self.clear(slot)
-            raise
-        return self._bytes[slot]
+        return Staged(
+            parts={name: part.in_dtype(self._dtype) for name, part in parts.items() if not part.is_empty},
+            heads=weights.heads,
+        )
 
     def _affordable(self, wanted: int) -> int:
         used = sum(self._bytes.values())
@@ -104,9 +124,11 @@ class SlotManager:
     def clear(self, slot: int) -> None:
         """Empty ``slot``."""
         for leaf in self._leaves.values():
-            leaf.layer.clear(slot)
+            if slot in leaf.layer.owners:
+                leaf.clear(slot)
         self._heads.clear(slot)
         self._bytes.pop(slot, None)
+        self._versions.pop(slot, None)
 
     def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
         """Route the rows of what runs next. vLLM's warm-up requests are base rows.

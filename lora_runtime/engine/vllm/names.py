@@ -10,7 +10,12 @@ from vllm.lora.layers import LoRAMappingType
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.conv import Conv3dLayer
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.multimodal.inputs import (
     MultiModalFieldConfig,
@@ -27,6 +32,7 @@ from lora_runtime.errors import EngineFault
 __all__ = [
     "AsyncEngineArgs",
     "AsyncLLM",
+    "ColumnParallelLinear",
     "Conv3dLayer",
     "EngineDeadError",
     "LinearBase",
@@ -35,8 +41,10 @@ __all__ = [
     "MultiModalFieldConfig",
     "MultiModalKwargsItems",
     "PlaceholderRange",
+    "QKVParallelLinear",
     "RMSNorm",
     "RequestOutputKind",
+    "RowParallelLinear",
     "SamplingParams",
     "VocabParallelEmbedding",
     "check_version",

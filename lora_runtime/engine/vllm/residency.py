@@ -17,7 +17,8 @@ PATIENCE_S = 1.0
 """How long the first in line waits for slots while later requests may still use those that are resident."""
 
 Fill = Callable[[int, AdapterRef], Awaitable[None]]
-"""Puts an adapter into a slot. Raises a LoomError, and then the slot is empty."""
+"""Puts an adapter into a slot. Raises a LoomError, and then the slot is empty. May be cancelled, for another to
+follow in that slot."""
 
 
 @dataclass(slots=True, eq=False)
@@ -118,16 +119,24 @@ class Residency:
             del self._filling[version]
 
     def _start(self, move: Move, ref: AdapterRef) -> None:
-        task = asyncio.ensure_future(self._fill(move.slot, ref))
+        # What left a slot while it was still being loaded must not go on loading there.
+        obsolete = self._filling.pop(move.evicted, None) if move.evicted is not None else None
+        task = asyncio.ensure_future(self._filled_after(obsolete, move.slot, ref))
         self._filling[move.version] = task
         self._broken.discard(move.version)
         self.counters["slot_loads"] += 1
         self.counters["slot_evictions"] += move.evicted is not None
         task.add_done_callback(lambda done: self._filled(move.version, done))
 
+    async def _filled_after(self, obsolete: asyncio.Task[None] | None, slot: int, ref: AdapterRef) -> None:
+        if obsolete is not None:
+            obsolete.cancel()
+            await asyncio.wait([obsolete])
+        await self._fill(slot, ref)
+
     def _filled(self, version: str, task: asyncio.Task[None]) -> None:
         if self._filling.get(version) is not task:
-            return  # evicted and brought in again meanwhile; the later fill is the one that counts
+            return  # it left its slot meanwhile
         if task.cancelled() or task.exception() is not None:
             self._broken.add(version)
             self._forget(version)

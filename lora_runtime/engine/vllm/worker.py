@@ -8,6 +8,9 @@ from typing import Any
 from lora_runtime.engine.vllm.manager import SlotManager
 from lora_runtime.errors import LoomError
 
+PENDING = "pending"
+"""Said of an adapter that is still being read: ask again."""
+
 log = logging.getLogger(__name__)
 
 
@@ -25,15 +28,14 @@ class SlotWorker:
         return None
 
     def loom_fill(self, slot: int, path: str, version: str) -> str | None:
-        """Fill a slot; returns None, or what was wrong. Runs between steps, and stalls them while it lasts."""
+        """Fill a slot, between steps; returns None, PENDING while the adapter is read, or what was wrong."""
         try:
-            self._loom_manager().fill(slot, path, version)
+            return None if self._loom_manager().fill(slot, path, version) else PENDING
         except LoomError as error:
             return error.message
         except Exception as error:  # one adapter's tensors must not take the engine down
             log.exception("an adapter could not be put into its slot")
             return f"The adapter could not be loaded: {type(error).__name__}."
-        return None
 
     def loom_clear(self, slot: int) -> None:
         self._loom_manager().clear(slot)
