@@ -82,7 +82,7 @@ class BySlot:
     """One batched product over slots, each with its own tokens, padded to the busiest.
 
     Each factor is read once and no token pays for another's rank: best where many slots have few tokens each,
-    as in decoding. ``a`` (S, I, R).
+    as in decoding. ``a`` (S, R, I).
     """
 
     a: Tensor
@@ -92,8 +92,12 @@ class BySlot:
     def add(self, y: Tensor, x: Tensor) -> None:
         num_slots, count, _ = self.rows.weight.shape
         chosen = x if self.rows.is_identity else x[self.rows.tokens]
-        hidden = torch.bmm(chosen.reshape(num_slots, count, -1), self.a)
-        hidden *= self.rows.weight
+        hidden = torch.bmm(chosen.reshape(num_slots, count, -1), self.a.transpose(1, 2))
+        if not self.rows.is_plain:
+            hidden *= self.rows.weight
+        if self.rows.is_identity and len(self.blocks) == 1 and y.is_contiguous():
+            y.view(num_slots, count, -1).baddbmm_(hidden, self.blocks[0].b)
+            return
         for block in self.blocks:
             part = torch.bmm(hidden[:, :, block.ranks], block.b).view(num_slots * count, -1)
             if self.rows.is_identity:
@@ -156,17 +160,17 @@ def _side_by_side(factors: Mapping[int, Factors], slots: tuple[int, ...]) -> tup
 
 
 def _stacked(factors: Mapping[int, Factors], slots: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """A (S, I, ΣR), then B (S, R, W) of each output; lower ranks are padded with zeros."""
+    """A (S, ΣR, I), then B (S, R, W) of each output; lower ranks are padded with zeros."""
     members = [factors[slot] for slot in slots]
     highest = [max(member.ranks[part] for member in members) for part in range(len(widths))]
     like = members[0].a
-    a = like.new_zeros(len(slots), like.shape[1], sum(highest))
+    a = like.new_zeros(len(slots), sum(highest), like.shape[1])
     parts = [like.new_zeros(len(slots), rank, width) for rank, width in zip(highest, widths, strict=True)]
     for place, member in enumerate(members):
         source = target = column = 0
         for part, width in enumerate(widths):
             rank = member.ranks[part]
-            a[place, :, target : target + rank] = member.a[source : source + rank].T
+            a[place, target : target + rank] = member.a[source : source + rank]
             parts[part][place, :rank] = member.b[source : source + rank, column : column + width]
             source, target, column = source + rank, target + highest[part], column + width
     return a, *parts

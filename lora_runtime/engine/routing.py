@@ -55,13 +55,14 @@ class Group:
 class BySlotRows(NamedTuple):
     """``tokens`` (S · C,) int64: the token of each row, 0 for padding; ``weight`` (S, C, 1), 0 for padding.
 
-    ``slots`` says whose rows come when. ``is_identity``: row i is token i.
+    ``slots`` says whose rows come when. ``is_identity``: row i is token i. ``is_plain``: every weight is 1.
     """
 
     slots: tuple[int, ...]
     tokens: Tensor
     weight: Tensor
     is_identity: bool
+    is_plain: bool
 
 
 class Routing:
@@ -132,6 +133,7 @@ class Routing:
                     [[[weight] for _, weight in rows] for rows in padded], dtype=self.dtype, device=self.device
                 ),
                 is_identity=index == list(range(self.num_tokens)),
+                is_plain=all(weight == 1.0 for rows in padded for _, weight in rows),
             )
         return found
 

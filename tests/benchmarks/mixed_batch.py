@@ -90,18 +90,18 @@ async def run_engine(engine: Engine, targets: list[Target], new_tokens: int) -> 
     sampling = Sampling(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
 
     async def one(number: int) -> None:
-        prompt = TokenPrompt(token_ids=prompts()[number])
+        prompt = TokenPrompt(token_ids=prompts()[number % ROWS])
         request = GenerateRequest(request_id=str(number), prompt=prompt, adapters=targets[number], sampling=sampling)
         async for _ in engine.generate(request):
             pass
 
     start = time.perf_counter()
-    await asyncio.gather(*(one(number) for number in range(ROWS)))
+    await asyncio.gather(*(one(number) for number in range(len(targets))))
     return time.perf_counter() - start
 
 
 def run_peft(model: Any, names: list[str], new_tokens: int) -> float:
-    ids = torch.tensor(prompts())
+    ids = torch.tensor([prompts()[number % ROWS] for number in range(len(names))])
     start = time.perf_counter()
     with torch.inference_mode():
         model.generate(

@@ -6,8 +6,8 @@ import torch
 
 from lora_runtime.engine.images import ImageProcessor
 from lora_runtime.engine.prompts import Prepared, PromptProcessor
-from lora_runtime.engine.protocol import Prompt
-from tests.oracle.asking import NUM_TOKENS, Answer
+from lora_runtime.engine.protocol import AdapterRef, Prompt
+from tests.oracle.asking import NUM_TOKENS, Answer, Target
 from tests.oracle.world import NAMES, World, chat, greedy, picture
 
 PROMPTS = (
@@ -24,7 +24,6 @@ COMBINATIONS: tuple[dict[str, float], ...] = (
     {"dora": 0.6, "loha": -0.4, "patterns": 0.8},
 )
 
-Target = tuple[tuple[str, float], ...]
 Answers = dict[Target, list[Answer]]
 """Answers to ``PROMPTS``, by target; the base's is the empty one."""
 
@@ -47,3 +46,8 @@ def oracle_answers(world: World) -> Answers:
         model = world.dense(shares)
         answers[tuple(shares.items())] = [greedy(model, p, NUM_TOKENS) for p in prepared]
     return answers
+
+
+def refs_of(world: World, answers: Answers) -> dict[Target, tuple[AdapterRef, ...]]:
+    """What a request names for each target."""
+    return {target: tuple(world.ref(name, weight) for name, weight in target) for target in answers}

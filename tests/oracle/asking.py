@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
+from collections.abc import Mapping, Sequence
+
 from lora_runtime.engine.protocol import AdapterRef, Engine, GenerateRequest, Prompt, Sampling
 
 NUM_TOKENS = 8
 Answer = tuple[list[int], list[float]]
 """Token ids and their log-probabilities."""
+Target = tuple[tuple[str, float], ...]
+"""Adapters by name with their weights; empty for the base."""
 
 
 def close(got: Answer, want: Answer, what: str, tolerance: float = 1e-4) -> None:
@@ -26,3 +32,27 @@ async def answer(
         tokens += [token.token_id for token in event.tokens]
         logprobs += [token.logprob for token in event.tokens]
     return tokens, logprobs
+
+
+async def check_mixed_batch(
+    engine: Engine,
+    refs: Mapping[Target, tuple[AdapterRef, ...]],
+    prompts: Sequence[Prompt],
+    oracle: Mapping[Target, Sequence[Answer]],
+    *,
+    seed: int,
+    tolerance: float,
+) -> None:
+    """Every target on every prompt, in shuffled order and all at once, against the oracle; then nothing is held."""
+    work = [(target, number) for target in oracle for number in range(len(prompts))]
+    random.Random(seed).shuffle(work)
+
+    async def ask(target: Target, number: int, delay_s: float) -> Answer:
+        await asyncio.sleep(delay_s)
+        return await answer(engine, prompts[number], refs[target])
+
+    answers = await asyncio.gather(*(ask(t, n, i * 0.002) for i, (t, n) in enumerate(work)))
+    for (target, number), got in zip(work, answers, strict=True):
+        close(got, oracle[target][number], f"{target} on prompt {number}", tolerance)
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.held_slots, stats.kv_used_tokens) == (0, 0, 0, 0)

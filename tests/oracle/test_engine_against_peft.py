@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from lora_runtime.combine import combine
 from lora_runtime.engine.embedded.config import EmbeddedConfig
 from lora_runtime.engine.embedded.engine import EmbeddedEngine
 from lora_runtime.engine.protocol import ClassifyRequest
-from tests.oracle.answers import COMBINATIONS, PROMPTS, Answers, oracle_answers
-from tests.oracle.asking import NUM_TOKENS, answer, close
-from tests.oracle.world import LABELS, World, chat, greedy, label_probabilities, picture
+from tests.oracle.answers import COMBINATIONS, PROMPTS, Answers, oracle_answers, refs_of
+from tests.oracle.asking import NUM_TOKENS, answer, check_mixed_batch, close
+from tests.oracle.world import LABELS, World, build_world, chat, greedy, label_probabilities, picture
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +35,9 @@ def test_the_oracle_tells_adapters_apart(oracle):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 async def test_one_mixed_batch_equals_peft_row_by_row(engine, world, oracle, seed):
     """Base, every family and six combinations, in shuffled order, with 21 adapters on 4 slots and 6 lanes."""
-    work = [(target, number) for target in oracle for number in range(len(PROMPTS))]
-    random.Random(seed).shuffle(work)
-
-    async def ask(target, number, delay):
-        await asyncio.sleep(delay)
-        return await answer(engine, PROMPTS[number], tuple(world.ref(name, weight) for name, weight in target))
-
-    answers = await asyncio.gather(*(ask(t, n, i * 0.002) for i, (t, n) in enumerate(work)))
-    for (target, number), got in zip(work, answers, strict=True):
-        close(got, oracle[target][number], f"{target} on prompt {number}")
-    stats = engine.stats()
-    assert (stats.running, stats.waiting, stats.held_slots, stats.kv_used_tokens) == (0, 0, 0, 0)
-    assert stats.counters["slot_evictions"] > 0
+    refs = refs_of(world, oracle)
+    await check_mixed_batch(engine, refs, PROMPTS, oracle, seed=seed, tolerance=1e-4)
+    assert engine.stats().counters["slot_evictions"] > 0
 
 
 async def test_requests_join_and_leave_in_the_middle(engine, world, oracle):
@@ -109,6 +98,16 @@ async def test_tied_bases_equal_peft(tied_world, name):
         close(await answer(engine, prompt, (tied_world.ref(name),)), want, name)
     base = greedy(tied_world.load(), engine._prompts.prepare(PROMPTS[0]), NUM_TOKENS)
     close(await answer(engine, PROMPTS[0]), base, "the base beside a resident adapter")
+    await engine.close()
+
+
+async def test_qwen2_5_vl_equals_peft(tmp_path):
+    """A tower with windows: its rows are reordered inside each image, and gated MLPs."""
+    world = build_world(tmp_path, qwen2_5=True)
+    oracle = oracle_answers(world)
+    engine = EmbeddedEngine(EmbeddedConfig(base_path=str(world.base), max_slots=6, max_batch_size=6, max_images=2))
+    await engine.start()
+    await check_mixed_batch(engine, refs_of(world, oracle), PROMPTS, oracle, seed=0, tolerance=1e-4)
     await engine.close()
 
 

@@ -20,7 +20,13 @@ from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, PeftM
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLPreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen2VLPreTrainedModel,
+)
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -98,8 +104,8 @@ class World:
     def read(self, name: str) -> AdapterWeights:
         return reader(BaseLayout.from_config(self.base), str(self.base), 1 << 30)(self.adapters[name])
 
-    def load(self) -> Qwen2VLForConditionalGeneration:
-        return Qwen2VLForConditionalGeneration.from_pretrained(self.base, dtype=torch.float32).eval()
+    def load(self) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(self.base, dtype=torch.float32).eval()
 
     def classifier(self) -> nn.Module:
         """The base under an untrained ``score`` head."""
@@ -126,12 +132,20 @@ class World:
         return model
 
 
-def build_world(root: Path, *, tie: bool = False) -> World:
-    """Write the base, an adapter of each family and a classifier; a few seconds."""
-    world = World(_write_base(root / "base", tie), {})
+def build_world(root: Path, *, tie: bool = False, qwen2_5: bool = False) -> World:
+    """Write the base, an adapter of each family and a classifier; a few seconds.
+
+    ``qwen2_5``: a Qwen2.5-VL, with windowed attention and gated MLPs in its tower, and no classifier.
+    """
+    world = World(_write_base(root / "base", tie, qwen2_5), {})
     configs = {name: LoraConfig(**options) for name, options in FAMILIES.items()} | copy.deepcopy(METHODS)
     for seed, (name, config) in enumerate(configs.items(), start=100):
+        if qwen2_5 and not isinstance(config.target_modules, str):
+            # Its tower's MLPs have the names of the language model's.
+            config.target_modules = set(config.target_modules) - {"fc1", "fc2"}
         world.adapters[name] = _write_adapter(world.load(), root / name, config, seed)
+    if qwen2_5:
+        return world
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["score"], task_type="SEQ_CLS")
     folder = _write_adapter(world.classifier(), root / "classifier", config, seed=7)
     (folder / "config.json").write_text(json.dumps({"id2label": dict(enumerate(LABELS))}))
@@ -192,10 +206,11 @@ def _write_adapter(model: nn.Module, path: Path, config: PeftConfig, seed: int) 
     return path
 
 
-def _write_base(path: Path, tie: bool) -> Path:
+def _write_base(path: Path, tie: bool, qwen2_5: bool = False) -> Path:
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(path)
-    model = Qwen2VLForConditionalGeneration(_config(tokenizer, tie))
+    config = (_config_2_5 if qwen2_5 else _config)(tokenizer, tie)
+    model = AutoModelForImageTextToText.from_config(config)
     _randomise(model.named_parameters(), seed=0)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.save_pretrained(path)
@@ -247,12 +262,26 @@ def _config(tokenizer: PreTrainedTokenizerFast, tie: bool) -> Qwen2VLConfig:
         "tie_word_embeddings": tie,
     }
     vision = {"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 128, "mlp_ratio": 2, "patch_size": 14}
-    return Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=tie,
-    )
+    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie, **_image_tokens(ids))
+
+
+def _config_2_5(tokenizer: PreTrainedTokenizerFast, tie: bool) -> Qwen2_5_VLConfig:
+    """Windows of 2 x 2 merged patches, so that small pictures have several; the second block sees all of them."""
+    like = _config(tokenizer, tie)
+    vision = {
+        **{"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128},
+        **{"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
+    }
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
+    text = like.text_config.to_dict()
+    del text["model_type"]
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie, **_image_tokens(ids))
+
+
+def _image_tokens(ids: dict[str, int]) -> dict[str, int]:
+    return {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from importlib.util import find_spec
 
 import pytest
 
 from lora_runtime.engine.protocol import ClassifyRequest
-from tests.oracle.answers import PROMPTS, prepare
-from tests.oracle.asking import answer, close
+from tests.oracle.answers import PROMPTS, oracle_answers, prepare, refs_of
+from tests.oracle.asking import answer, check_mixed_batch, close
 from tests.oracle.world import LABELS, build_world, chat, greedy, label_probabilities, picture
 from tests.vllm.conftest import running
 
@@ -25,19 +24,9 @@ TOLERANCE = 1e-3
 @pytest.mark.parametrize("seed", [0, 1, 2])
 async def test_one_mixed_batch_equals_peft_row_by_row(engine, world, oracle, seed):
     """Base, every family and six combinations, in shuffled order; from the second round the prefix cache is warm."""
-    work = [(target, number) for target in oracle for number in range(len(PROMPTS))]
-    random.Random(seed).shuffle(work)
-
-    async def ask(target, number, delay):
-        await asyncio.sleep(delay)
-        return await answer(engine, PROMPTS[number], tuple(world.ref(name, weight) for name, weight in target))
-
-    answers = await asyncio.gather(*(ask(t, n, i * 0.002) for i, (t, n) in enumerate(work)))
-    for (target, number), got in zip(work, answers, strict=True):
-        close(got, oracle[target][number], f"{target} on prompt {number}", TOLERANCE)
-    stats = engine.stats()
-    assert (stats.running, stats.waiting, stats.held_slots, stats.kv_used_tokens) == (0, 0, 0, 0)
-    assert stats.counters["slot_evictions"] > 0
+    refs = refs_of(world, oracle)
+    await check_mixed_batch(engine, refs, PROMPTS, oracle, seed=seed, tolerance=TOLERANCE)
+    assert engine.stats().counters["slot_evictions"] > 0
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -104,3 +93,12 @@ async def test_tied_bases_equal_peft(tmp_path):
                 close(await answer(engine, prompt, (tied.ref(name),)), want, name, TOLERANCE)
             base = greedy(tied.load(), prepare(tied, PROMPTS[0]), 8)
             close(await answer(engine, PROMPTS[0]), base, f"the base beside {name}", TOLERANCE)
+
+
+async def test_qwen2_5_vl_equals_peft(tmp_path):
+    """A tower with windows: its rows are reordered inside each image; q, k and v packed in one, gated MLPs fused."""
+    world = build_world(tmp_path, qwen2_5=True)
+    oracle = oracle_answers(world)
+    async with running(world) as engine:
+        for seed in range(2):
+            await check_mixed_batch(engine, refs_of(world, oracle), PROMPTS, oracle, seed=seed, tolerance=TOLERANCE)

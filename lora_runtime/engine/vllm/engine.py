@@ -39,6 +39,7 @@ from lora_runtime.engine.text import TokenText
 from lora_runtime.engine.vllm import names
 from lora_runtime.engine.vllm.binding import Binding
 from lora_runtime.engine.vllm.config import VllmConfig
+from lora_runtime.engine.vllm.probe import prove
 from lora_runtime.engine.vllm.residency import Residency
 from lora_runtime.engine.vllm.translate import Events, engine_input, sampling_params
 from lora_runtime.engine.vllm.worker import PENDING
@@ -143,10 +144,14 @@ class VllmEngine:
 
         register()
         engine: Any = await asyncio.to_thread(names.AsyncLLM.from_engine_args, arguments)
-        wrong = [message for message in await engine.collective_rpc("loom_check") if message is not None]
-        if wrong:
+        try:
+            wrong = [message for message in await engine.collective_rpc("loom_check") if message is not None]
+            if wrong:
+                raise EngineFault(wrong[0])
+            await prove(engine, self._layout, slot=0)
+        except BaseException:
             await asyncio.to_thread(engine.shutdown)
-            raise EngineFault(wrong[0])
+            raise
         stored = engine.vllm_config.model_config.try_get_generation_config().get("eos_token_id")
         found = [*(stored if isinstance(stored, list) else [stored]), self._prompts.tokenizer.eos_token_id]
         self._eos_ids = frozenset(token for token in found if token is not None)

@@ -200,11 +200,11 @@ def _routed(layer: SlotLayer, x: Tensor) -> Tensor:
     """``layer`` on the step's rows and the base on what is padded behind them. Raises EngineFault on fewer rows."""
     routing = layer.current_routing()
     if routing is None or routing.num_tokens == x.shape[0]:
-        return cast(Tensor, layer(x))
+        return cast(Tensor, layer.forward(x))
     if x.shape[0] < routing.num_tokens:
         raise EngineFault(f"A step routes {routing.num_tokens} rows, but a leaf was given {x.shape[0]}.")
     own = layer.own(x[routing.num_tokens :])
-    return torch.cat([cast(Tensor, layer(x[: routing.num_tokens])), own])
+    return torch.cat([cast(Tensor, layer.forward(x[: routing.num_tokens])), own])
 
 
 class VllmLinear(SlotLinear):

@@ -25,10 +25,12 @@ from lora_runtime.engine.vllm.fusion import fused
 from lora_runtime.engine.vllm.heads import HeadLogits
 from lora_runtime.engine.vllm.leaves import WrappedLeaf, wrap_leaves
 from lora_runtime.engine.vllm.names import LoRAMappingType
+from lora_runtime.engine.vllm.probe import probe_weights
 from lora_runtime.engine.vllm.staging import Staged, Staging
 from lora_runtime.errors import AdapterRejected, EngineFault, InvalidCombination
 from lora_runtime.layout import BaseLayout
 from lora_runtime.parameters import BaseParameters
+from lora_runtime.weights import AdapterWeights
 
 BASE = Binding(signature=())
 
@@ -91,6 +93,12 @@ class SlotManager:
         self._versions[slot] = version
         return True
 
+    def fill_probe(self, slot: int) -> None:
+        """Put the adapter of :mod:`.probe` into ``slot``, which must be clear."""
+        staged = self._staged(probe_weights(self._layout))
+        for name, part in staged.parts.items():
+            self._leaves[name].fill(slot, part)
+
     def _prepared(self, path: str, version: str) -> Staged:
         """Runs beside the step, on a thread of its own."""
         # Copied out of the mapped file before it is hashed: one that changes meanwhile hashes otherwise, and
@@ -102,6 +110,9 @@ class SlotManager:
                 registered=version,
                 found=found,
             )
+        return self._staged(weights)
+
+    def _staged(self, weights: AdapterWeights) -> Staged:
         parts = {name: fused(weights, wrapped.leaf, self._parameters) for name, wrapped in self._leaves.items()}
         return Staged(
             parts={name: part.in_dtype(self._dtype) for name, part in parts.items() if not part.is_empty},

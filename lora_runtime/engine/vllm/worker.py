@@ -37,6 +37,10 @@ class SlotWorker:
             log.exception("an adapter could not be put into its slot")
             return f"The adapter could not be loaded: {type(error).__name__}."
 
+    def loom_fill_probe(self, slot: int) -> None:
+        """Put the adapter of :mod:`.probe` into a slot."""
+        self._loom_manager().fill_probe(slot)
+
     def loom_clear(self, slot: int) -> None:
         self._loom_manager().clear(slot)
 
