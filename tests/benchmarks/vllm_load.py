@@ -33,7 +33,8 @@ from tests.oracle.world import _randomise
 def write_large(root: Path, count: int) -> list[Path]:
     made = []
     for seed in range(count):
-        config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=["layers"])
+        layers = [f"language_model.layers.{number}" for number in range(8)]
+        config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=layers)
         model = get_peft_model(_load(root), config)
         _randomise([(n, p) for n, p in model.named_parameters() if p.requires_grad], seed)
         model.save_pretrained(root / f"large{seed}", save_embedding_layers=False)

@@ -6,6 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
+OWN = frozenset(
+    {
+        *("model", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization"),
+        *("enable_prefix_caching", "tensor_parallel_size", "seed", "enable_lora", "max_loras", "max_lora_rank"),
+        *("async_scheduling", "enforce_eager", "max_logprobs", "limit_mm_per_prompt", "mm_processor_cache_gb"),
+        *("mm_device_do_normalize", "worker_extension_cls", "additional_config", "disable_log_stats"),
+    }
+)
+"""Arguments of vLLM's engine that are not to be had through ``extra``."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmConfig:
     """What a :class:`~lora_runtime.engine.vllm.engine.VllmEngine` is made with.
@@ -38,6 +49,8 @@ class VllmConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if taken := sorted(OWN & set(self.extra)):
+            raise ValueError(f"extra must not set {', '.join(taken)}; the engine sets it, some by settings of its own.")
         for name in ("max_batch_size", "max_batched_tokens", "max_slots", "max_images", "max_image_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
