@@ -52,6 +52,7 @@ CASES = {
     ),
     "not an image": (with_content(image(b"hello")), 400, "image"),
     "an unknown part": (with_content({"type": "video_url", "video_url": {"url": "x"}}), 400, "content"),
+    "log-probabilities of the prompt": ({**GOOD, "prompt_logprobs": 1}, 400, "prompt_logprobs"),
     "an unserved option": ({**GOOD, "response_format": {"type": "json_object"}}, 400, "response_format"),
 }  # fmt: skip
 
