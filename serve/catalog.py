@@ -14,14 +14,17 @@ from pathlib import Path
 from types import MappingProxyType
 
 from lora_runtime.engine.protocol import AdapterInfo
-from lora_runtime.errors import InvalidRequest, LoomError
+from lora_runtime.errors import InvalidRequest, LoomError, NotFound
 from serve.engine_client import EngineClient
-from serve.registry.repository import AdapterRecord, Repository
-from serve.targets import NAME, Registered
+from serve.registry.records import AdapterRecord, AuditRecord
+from serve.registry.repository import Repository
+from serve.targets import ALIAS, NAME, Registered
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
+ACTOR = "http"
+"""Who the audit says made a change; requests have no identity yet."""
 
 
 class Catalog:
@@ -66,23 +69,58 @@ class Catalog:
                 await self._poller
         self._repository.close()
 
-    async def register(self, name: str, path: str) -> tuple[AdapterRecord, bool]:
-        """Examine the adapter at ``path`` on an engine, then register it; returns it and whether it is new.
+    async def register(self, name: str, path: str, *, activate: bool = True) -> tuple[AdapterRecord, bool]:
+        """Examine the adapter at ``path`` on an engine, then register it; returns it and whether its content is new.
 
+        Other content than before is a further version, and what the bare name means unless ``activate`` is false.
         Raises InvalidRequest for a bad name or a path outside the allowed folders, AdapterRejected or
-        AdapterMissing for what the examination finds, Conflict where the name is taken.
+        AdapterMissing for what the examination finds.
         """
         self._check_name(name)
         folder = self._confined(path)
         info = await self._engines.examine(str(folder))
-        found = await asyncio.to_thread(self._repository.add, name, info.version, str(folder), _jsonable(info))
+        found = await asyncio.to_thread(
+            self._repository.add, name, info.version, str(folder), _jsonable(info), activate=activate, actor=ACTOR
+        )
         await self.refresh()
         return found
 
+    async def set_alias(self, name: str, alias: str, version: str) -> AdapterRecord:
+        """Let ``alias`` mean ``version`` (an alias, or the beginning of a version). Requests that run end as they
+        began. Raises InvalidRequest for a name that cannot be an alias's, NotFound."""
+        if not ALIAS.fullmatch(alias):
+            raise InvalidRequest(
+                f"'{alias[:64]}' cannot be an alias: use letters, digits, '.', '_' and '-', at most 64, and not only "
+                "hexadecimal digits, which would read like a version.",
+                param="alias",
+            )
+        await self.refresh()
+        exact = self._known(name).version(version)
+        record = await asyncio.to_thread(self._repository.set_alias, name, alias, exact, actor=ACTOR)
+        await self.refresh()
+        return record
+
     async def remove(self, name: str) -> None:
         """Forget an adapter. Requests that already run with it end as they began. Raises NotFound."""
-        await asyncio.to_thread(self._repository.remove, name)
+        await asyncio.to_thread(self._repository.remove, name, actor=ACTOR)
         await self.refresh()
+
+    async def remove_alias(self, name: str, alias: str) -> None:
+        """Forget an alias. Raises NotFound, or Conflict for the one that the bare name means."""
+        await asyncio.to_thread(self._repository.remove_alias, name, alias, actor=ACTOR)
+        await self.refresh()
+
+    async def remove_version(self, name: str, version: str) -> str:
+        """Forget a version; returns it whole. Raises NotFound, or Conflict while an alias names it."""
+        await self.refresh()
+        exact = self._known(name).version(version)
+        await asyncio.to_thread(self._repository.remove_version, name, exact, actor=ACTOR)
+        await self.refresh()
+        return exact
+
+    async def audit(self, *, limit: int, before: int | None) -> list[AuditRecord]:
+        """Changes of the registry, newest first."""
+        return await asyncio.to_thread(self._repository.audit, limit=limit, before=before)
 
     async def refresh(self) -> None:
         """Read the registry if its revision moved."""
@@ -90,18 +128,24 @@ class Catalog:
         if revision != self._revision:
             records = await asyncio.to_thread(self._repository.adapters)
             self._records = MappingProxyType({record.name: record for record in records})
-            self._registered = MappingProxyType(
-                {record.name: Registered(record.name, record.version, record.path) for record in records}
-            )
+            self._registered = MappingProxyType({record.name: _registered(record) for record in records})
             self._revision = revision
 
     async def _preload(self, name: str, folder: Path) -> None:
         self._check_name(name)
         info = await self._engines.examine(str(folder))
         known = self._records.get(name)
-        if known is None or (known.version, known.path) != (info.version, str(folder)):
+        paths = {} if known is None else {version.id: version.path for version in known.versions}
+        if paths.get(info.version) != str(folder):
+            # Content that was there before is not put in front again: an alias may have been moved since.
             await asyncio.to_thread(
-                self._repository.add, name, info.version, str(folder), _jsonable(info), replace=True
+                self._repository.add,
+                name,
+                info.version,
+                str(folder),
+                _jsonable(info),
+                activate=info.version not in paths,
+                actor="configuration",
             )
 
     async def _poll(self) -> None:
@@ -111,6 +155,12 @@ class Catalog:
                 await self.refresh()
             except Exception as error:  # any database trouble: serve on with what is known
                 log.warning("the registry cannot be read, serving the last snapshot: %s", type(error).__name__)
+
+    def _known(self, name: str) -> Registered:
+        found = self._registered.get(name)
+        if found is None:
+            raise NotFound(f"There is no adapter '{name[:128]}'.", near=[])
+        return found
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name) or name == self._base_name:
@@ -132,6 +182,11 @@ class Catalog:
                 "The path is outside the folders that adapters may lie in (setting adapters.roots).", param="path"
             )
         return folder
+
+
+def _registered(record: AdapterRecord) -> Registered:
+    versions = {version.id: version.path for version in record.versions}
+    return Registered(record.name, record.latest.id, versions, record.aliases)
 
 
 def _jsonable(info: AdapterInfo) -> dict[str, object]:

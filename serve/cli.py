@@ -66,10 +66,28 @@ def list_adapters(url: Url = DEFAULT_URL) -> None:
 def add_adapter(
     name: Annotated[str, typer.Argument(help="The name requests will use.")],
     path: Annotated[Path, typer.Argument(help="A PEFT adapter folder on the serving machines.")],
+    activate: Annotated[bool, typer.Option(help="Whether the bare name means it from now on.")] = True,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Examine an adapter and register it."""
-    commands.add_adapter(console, url, name, path)
+    """Examine an adapter and register it; other content under a known name is a further version."""
+    commands.add_adapter(console, url, name, path, activate=activate)
+
+
+@adapters.command("versions")
+def list_versions(name: Annotated[str, typer.Argument(help="The adapter's name.")], url: Url = DEFAULT_URL) -> None:
+    """List an adapter's versions and what its aliases mean."""
+    commands.list_versions(console, url, name)
+
+
+@adapters.command("alias")
+def set_alias(
+    name: Annotated[str, typer.Argument(help="The adapter's name.")],
+    alias: Annotated[str, typer.Argument(help="The alias; 'latest' is what the bare name means.")],
+    version: Annotated[str, typer.Argument(help="A version, the beginning of one, or another alias.")],
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Let an alias mean a version from now on; requests that run end as they began."""
+    commands.set_alias(console, url, name, alias, version)
 
 
 @adapters.command("rm")

@@ -92,10 +92,30 @@ def list_adapters(console: Console, url: str) -> None:
     console.print(table)
 
 
-def add_adapter(console: Console, url: str, name: str, path: Path) -> None:
-    body = {"name": name, "path": str(path.expanduser().absolute())}
+def add_adapter(console: Console, url: str, name: str, path: Path, *, activate: bool = True) -> None:
+    body = {"name": name, "path": str(path.expanduser().absolute()), "activate": activate}
     added = _request(console, "POST", url, "/v1/adapters", json=body)
-    console.print(f"Registered [bold]{added['id']}[/] at {added['version'][:12]}.")
+    console.print(f"Registered [bold]{added['id']}[/]; its name means {added['version'][:12]}.")
+
+
+def list_versions(console: Console, url: str, name: str) -> None:
+    table = Table("number", "version", "aliases", "method", "MB", "registered")
+    for version in _request(console, "GET", url, f"/v1/adapters/{name}/versions")["data"]:
+        info = version["info"]
+        table.add_row(
+            str(version["number"]),
+            version["id"][:12],
+            ", ".join(version["aliases"]) or "-",
+            info.get("method", "LORA"),
+            f"{info['num_bytes'] / 1e6:.2f}",
+            version["created"][:19].replace("T", " "),
+        )
+    console.print(table)
+
+
+def set_alias(console: Console, url: str, name: str, alias: str, version: str) -> None:
+    moved = _request(console, "PUT", url, f"/v1/adapters/{name}/aliases/{alias}", json={"version": version})
+    console.print(f"[bold]{name}@{alias}[/] means {moved['aliases'][alias][:12]}.")
 
 
 def remove_adapter(console: Console, url: str, name: str) -> None:

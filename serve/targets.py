@@ -3,8 +3,8 @@
     target   := member ("+" member)*            base | shape | shape:0.7+french:0.3
     member   := name ["@" version] [":" weight]  shape@3f9a12:0.5
 
-Names are letters, digits, ``.``, ``_`` and ``-``; a version is a prefix of the content's sha256; a weight
-is any finite number. The field ``adapters`` of a request says the same as a list.
+Names are letters, digits, ``.``, ``_`` and ``-``; a version is an alias, such as ``prod``, or the beginning of the
+content's sha256; a weight is any finite number. The field ``adapters`` of a request says the same as a list.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from lora_runtime.errors import InvalidCombination, InvalidRequest, NotFound
 MAX_MEMBERS = 16
 MAX_WEIGHT = 1e4
 MAX_LENGTH = 2048
+SHOWN = 12
+"""Characters of a version in messages."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+ALIAS = re.compile(r"(?![0-9a-fA-F]+$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""No alias reads like the beginning of a version."""
 # A weight may hold "+" in its exponent, so the string is read member by member, never split at "+".
 _MEMBER = re.compile(
     r"\s*(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<version>[A-Za-z0-9._-]+))?"
@@ -32,7 +36,7 @@ _MEMBER = re.compile(
 
 @dataclass(frozen=True, slots=True, order=True)
 class Member:
-    """One adapter as named by a request; ``version`` is a prefix or None."""
+    """One adapter as named by a request; ``version`` is an alias, a prefix or None."""
 
     name: str
     version: str | None = None
@@ -45,11 +49,30 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """What the registry knows of an adapter that can be served."""
+    """What the registry knows of an adapter that can be served.
+
+    ``versions``: folders by version. ``aliases``: versions by movable name. ``default``: what the bare name means.
+    """
 
     name: str
-    version: str
-    path: str
+    default: str
+    versions: Mapping[str, str]
+    aliases: Mapping[str, str]
+
+    def version(self, asked: str | None) -> str:
+        """The version that an alias or the beginning of one means. Raises NotFound naming what there is."""
+        if asked is None:
+            return self.default
+        if asked in self.aliases:
+            return self.aliases[asked]
+        found = [version for version in self.versions if version.startswith(asked.lower())]
+        if len(found) == 1:
+            return found[0]
+        near = [f"{self.name}@{known}" for known in (*self.aliases, *(v[:SHOWN] for v in found or self.versions))]
+        what = f"{len(found)} versions that begin with" if found else "no version or alias"
+        raise NotFound(
+            f"'{self.name}' has {what} '{asked[:64]}'; there are {', '.join(near[:8])}.", param="model", near=near[:8]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +147,5 @@ def _ref(member: Member, base: str, registered: Mapping[str, Registered]) -> Ada
         near = difflib.get_close_matches(member.name, [base, *registered], n=3, cutoff=0.5)
         hint = f" Did you mean {', '.join(near)}?" if near else " GET /v1/models lists them."
         raise NotFound(f"There is no model or adapter '{member.name}'.{hint}", param="model", near=near)
-    if member.version is not None and not found.version.startswith(member.version):
-        raise NotFound(
-            f"'{member.name}' has no version '{member.version}'; it is at {found.version[:12]}.",
-            param="model",
-            near=[f"{member.name}@{found.version[:12]}"],
-        )
-    return AdapterRef(version=found.version, path=found.path, name=found.name, weight=member.weight)
+    version = found.version(member.version)
+    return AdapterRef(version=version, path=found.versions[version], name=found.name, weight=member.weight)

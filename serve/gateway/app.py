@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from serve.gateway import adapters, chat, classify, completions, health
+from serve.gateway import adapters, chat, classify, completions, health, management
 from serve.gateway.errors import install_handlers
 from serve.gateway.generation import Services
 from serve.gateway.middleware import BodyLimitMiddleware, RequestIdMiddleware
@@ -36,12 +36,12 @@ def create_app(
         await services.catalog.stop()
 
     refused: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorBody} for status in (400, 404, 413, 429, 500, 503)
+        status: {"model": ErrorBody} for status in (400, 404, 409, 413, 429, 500, 503)
     }
     app = FastAPI(
         title="Loom", description=DESCRIPTION, version="1", lifespan=lifespan, redoc_url=None, responses=refused
     )
-    for routes in (chat, completions, classify, adapters, health):
+    for routes in (chat, completions, classify, adapters, management, health):
         app.include_router(routes.router(services))
     install_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=max_body_bytes)

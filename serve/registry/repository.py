@@ -4,52 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, select, update
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session, selectinload
 
 from lora_runtime.errors import Conflict, NotFound
-from serve.registry.tables import AdapterRow, RevisionRow, Table
+from serve.registry.database import connect
+from serve.registry.records import LATEST, AdapterRecord, AuditRecord, VersionRecord
+from serve.registry.tables import AdapterRow, AliasRow, AuditRow, RevisionRow, VersionRow
 
-BUSY_TIMEOUT_S = 10
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterRecord:
-    """An adapter as registered."""
-
-    name: str
-    version: str
-    path: str
-    created_at: datetime
-    info: dict[str, Any]
+SHOWN = 12
+"""Characters of a version in messages."""
 
 
 class Repository:
-    """The registry behind one database URL. Safe for several processes at once."""
+    """The registry behind one database URL. Safe for several processes at once.
+
+    Every change is one transaction, moves the revision, and leaves a row in the audit that names its ``actor``.
+    """
 
     def __init__(self, url: str) -> None:
-        """Connects and makes the tables where they are absent."""
-        parsed = make_url(url)
-        if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
-            Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
-        self._engine = create_engine(parsed, pool_pre_ping=True)
-        if parsed.get_backend_name() == "sqlite":
-            _tune_sqlite(self._engine)
-        Table.metadata.create_all(self._engine)
-        with Session(self._engine) as session:
-            if session.get(RevisionRow, 1) is None:
-                session.add(RevisionRow(id=1, number=0))
-                try:
-                    session.commit()
-                except IntegrityError:  # another process was first
-                    session.rollback()
+        """Connects, and brings the tables up to date."""
+        self._engine = connect(url)
 
     def revision(self) -> int:
         """Grows with every change of any table."""
@@ -58,36 +36,99 @@ class Repository:
 
     def adapters(self) -> list[AdapterRecord]:
         """All adapters by name."""
+        wanted = select(AdapterRow).options(selectinload(AdapterRow.versions), selectinload(AdapterRow.aliases))
         with Session(self._engine) as session:
-            return [_record(row) for row in session.scalars(select(AdapterRow).order_by(AdapterRow.name))]
+            return [_adapter(row) for row in session.scalars(wanted.order_by(AdapterRow.name))]
+
+    def audit(self, *, limit: int = 100, before: int | None = None) -> list[AuditRecord]:
+        """Changes, newest first; ``before`` an id, to page on."""
+        wanted = select(AuditRow).order_by(AuditRow.id.desc()).limit(limit)
+        if before is not None:
+            wanted = wanted.where(AuditRow.id < before)
+        with Session(self._engine) as session:
+            return [
+                AuditRecord(
+                    id=row.id,
+                    at=_aware(row.at),
+                    actor=row.actor,
+                    action=row.action,
+                    subject=row.subject,
+                    details=dict(row.details),
+                )
+                for row in session.scalars(wanted)
+            ]
 
     def add(
-        self, name: str, version: str, path: str, info: dict[str, Any], *, replace: bool = False
+        self, name: str, version: str, path: str, info: dict[str, Any], *, activate: bool = True, actor: str = "system"
     ) -> tuple[AdapterRecord, bool]:
-        """Register an adapter; returns it and whether it is new. Raises Conflict where the name is taken by
-        other content (unless ``replace``); equal content again is no error, and takes the new path."""
+        """Register content under a name; returns the adapter and whether the content is new to it.
+
+        Other content than before becomes a further version. With ``activate`` it is what the bare name means from
+        now on; an adapter's first version always is. Known content again takes the new ``path``.
+        """
+        now = datetime.now(UTC)
         with self._changing() as session:
-            row = session.get(AdapterRow, name, with_for_update=True)
-            if row is not None and row.version != version and not replace:
-                raise Conflict(
-                    f"'{name}' is registered with other content ({row.version[:12]}). Choose another name, "
-                    f"or delete it first.",
-                    name=name,
-                )
+            adapter = session.get(AdapterRow, name)
+            if adapter is None:
+                adapter = AdapterRow(name=name, created_at=now, versions=[], aliases=[])
+                session.add(adapter)
+            row = next((known for known in adapter.versions if known.id == version), None)
             is_new = row is None
             if row is None:
-                row = AdapterRow(name=name, created_at=datetime.now(UTC))
-                session.add(row)
-            row.version, row.path, row.info = version, path, info
+                number = max((known.number for known in adapter.versions), default=0) + 1
+                row = VersionRow(id=version, number=number, path=path, info=info, created_at=now)
+                adapter.versions.append(row)
+            before = row.path, row.info
+            row.path, row.info = path, info
             session.flush()
-            return _record(row), is_new
+            if is_new or before != (path, info):
+                _note(session, actor, "adapter.register", f"{name}@{version}", number=row.number, path=path)
+            if activate or len(adapter.versions) == 1:
+                _move(session, adapter, LATEST, version, actor)
+            session.flush()
+            return _adapter(adapter), is_new
 
-    def remove(self, name: str) -> None:
-        """Forget an adapter; its files stay. Raises NotFound."""
+    def remove(self, name: str, *, actor: str = "system") -> None:
+        """Forget an adapter with its versions and aliases; files stay. Raises NotFound."""
         with self._changing() as session:
-            row = session.get(AdapterRow, name)
+            adapter = _found(session, name)
+            _note(session, actor, "adapter.delete", name, versions=[row.id for row in adapter.versions])
+            session.flush()
+            session.execute(delete(AdapterRow).where(AdapterRow.name == name))
+
+    def remove_version(self, name: str, version: str, *, actor: str = "system") -> None:
+        """Forget one version. Raises NotFound, or Conflict while an alias names it."""
+        with self._changing() as session:
+            adapter = _found(session, name)
+            _version(adapter, version)
+            if named := [alias.name for alias in adapter.aliases if alias.version == version]:
+                raise Conflict(
+                    f"'{name}@{version[:SHOWN]}' is what {', '.join(sorted(named))} means. Move the alias first, or "
+                    "delete the adapter.",
+                    aliases=sorted(named),
+                )
+            _note(session, actor, "version.delete", f"{name}@{version}")
+            session.flush()
+            session.execute(delete(VersionRow).where(VersionRow.adapter == name, VersionRow.id == version))
+
+    def set_alias(self, name: str, alias: str, version: str, *, actor: str = "system") -> AdapterRecord:
+        """Let ``alias`` name ``version`` from now on. Raises NotFound."""
+        with self._changing() as session:
+            adapter = _found(session, name)
+            _version(adapter, version)
+            _move(session, adapter, alias, version, actor)
+            session.flush()
+            return _adapter(adapter)
+
+    def remove_alias(self, name: str, alias: str, *, actor: str = "system") -> None:
+        """Forget an alias. Raises NotFound, or Conflict for the one that the bare name means."""
+        if alias == LATEST:
+            raise Conflict(f"'{LATEST}' is what '{name}' alone means; move it, or delete the adapter.")
+        with self._changing() as session:
+            row = next((row for row in _found(session, name).aliases if row.name == alias), None)
             if row is None:
-                raise NotFound(f"There is no adapter '{name}'.", near=[])
+                raise NotFound(f"'{name}' has no alias '{alias}'.", near=[])
+            _note(session, actor, "alias.delete", f"{name}@{alias}", version=row.version)
             session.delete(row)
 
     def close(self) -> None:
@@ -103,16 +144,56 @@ class Repository:
             session.commit()
 
 
-def _record(row: AdapterRow) -> AdapterRecord:
-    created = row.created_at if row.created_at.tzinfo else row.created_at.replace(tzinfo=UTC)
-    return AdapterRecord(row.name, row.version, row.path, created, dict(row.info))
+def _found(session: Session, name: str) -> AdapterRow:
+    row = session.get(AdapterRow, name)
+    if row is None:
+        raise NotFound(f"There is no adapter '{name}'.", near=[])
+    return row
 
 
-def _tune_sqlite(engine: Engine) -> None:
-    @event.listens_for(engine, "connect")
-    def _on_connect(connection: Any, _: Any) -> None:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000}")
-        cursor.execute("PRAGMA synchronous=NORMAL")
-        cursor.close()
+def _version(adapter: AdapterRow, version: str) -> VersionRow:
+    row = next((row for row in adapter.versions if row.id == version), None)
+    if row is None:
+        raise NotFound(f"'{adapter.name}' has no version '{version[:SHOWN]}'.", near=[])
+    return row
+
+
+def _move(session: Session, adapter: AdapterRow, alias: str, version: str, actor: str) -> None:
+    row = next((row for row in adapter.aliases if row.name == alias), None)
+    before = None if row is None else row.version
+    if before == version:
+        return
+    now = datetime.now(UTC)
+    if row is None:
+        adapter.aliases.append(AliasRow(name=alias, version=version, moved_at=now))
+    else:
+        row.version, row.moved_at = version, now
+    _note(session, actor, "alias.move", f"{adapter.name}@{alias}", before=before, after=version)
+
+
+def _note(session: Session, actor: str, action: str, subject: str, **details: Any) -> None:
+    session.add(AuditRow(at=datetime.now(UTC), actor=actor, action=action, subject=subject, details=details))
+
+
+def _adapter(row: AdapterRow) -> AdapterRecord:
+    return AdapterRecord(
+        name=row.name,
+        created_at=_aware(row.created_at),
+        versions=tuple(
+            VersionRecord(
+                adapter=row.name,
+                id=version.id,
+                number=version.number,
+                path=version.path,
+                created_at=_aware(version.created_at),
+                info=dict(version.info),
+            )
+            for version in row.versions
+        ),
+        aliases={alias.name: alias.version for alias in row.aliases},
+    )
+
+
+def _aware(time: datetime) -> datetime:
+    """SQLite keeps no time zone; what is written is UTC."""
+    return time if time.tzinfo else time.replace(tzinfo=UTC)

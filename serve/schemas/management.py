@@ -28,22 +28,90 @@ class ModelList(BaseModel):
 
 
 class RegisterRequest(Body):
-    """Register the PEFT adapter in the folder ``path`` (on the serving machines) under ``name``."""
+    """Register the PEFT adapter in the folder ``path`` (on the serving machines) under ``name``.
+
+    Other content than before becomes a further version. ``activate`` false: the bare name goes on meaning the
+    version it means; the new one is served under ``name@version``, or an alias.
+    """
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"name": "support", "path": "/adapters/support"}]})
 
     name: str = Field(min_length=1, max_length=128)
     path: str = Field(min_length=1, max_length=4096)
+    activate: bool = True
+
+
+class LoadLoraRequest(Body):
+    """vLLM's request to load an adapter. ``load_inplace``: other content may take a known name."""
+
+    lora_name: str = Field(min_length=1, max_length=128)
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+    is_3d_lora_weight: bool = False
+
+
+class UnloadLoraRequest(Body):
+    """vLLM's request to unload an adapter; ``lora_int_id`` means nothing here."""
+
+    lora_name: str = Field(min_length=1, max_length=128)
+    lora_int_id: int | None = None
+
+
+class AliasRequest(Body):
+    """What an alias is to mean: a version, the beginning of one, or another alias."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": "3f9a12"}]})
+
+    version: str = Field(min_length=1, max_length=128)
 
 
 class Adapter(BaseModel):
-    """A registered adapter; ``info`` is what its examination found (ranks, saved modules, heads, bytes)."""
+    """A registered adapter. ``version`` is what its bare name means, ``info`` what the examination of that found
+    (method, ranks, saved modules, heads, bytes), ``aliases`` the versions by movable name."""
 
     id: str
     object: Literal["adapter"] = "adapter"
     version: str
     created: datetime
     info: dict[str, Any]
+    aliases: dict[str, str]
+    num_versions: int
+
+
+class AdapterVersion(BaseModel):
+    """Content registered under an adapter's name; ``id`` is its sha256 and ``number`` counts from 1."""
+
+    id: str
+    object: Literal["adapter.version"] = "adapter.version"
+    adapter: str
+    number: int
+    created: datetime
+    aliases: list[str]
+    info: dict[str, Any]
+
+
+class AdapterVersionList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AdapterVersion]
+
+
+class AuditEntry(BaseModel):
+    """One change of the registry."""
+
+    id: int
+    at: datetime
+    actor: str
+    action: str
+    subject: str
+    details: dict[str, Any]
+
+
+class AuditList(BaseModel):
+    """Newest first. ``has_more``: ask again with ``before`` the last one's id."""
+
+    object: Literal["list"] = "list"
+    data: list[AuditEntry]
+    has_more: bool
 
 
 class AdapterList(BaseModel):

@@ -12,7 +12,14 @@ from serve.targets import MAX_MEMBERS, Member, Registered, canonical, parse, res
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True)
 WEIGHTS = st.floats(-1e4, 1e4, allow_nan=False).filter(lambda w: w != 0)
 MEMBERS = st.builds(Member, NAMES, st.none() | st.from_regex(r"[0-9a-f]{4,12}", fullmatch=True), WEIGHTS)
-REGISTERED = {name: Registered(name, f"{number}" * 64, f"/a/{name}") for number, name in enumerate(("shape", "french"))}
+OLD = "0a" * 32
+
+
+def registered(name: str, newest: str) -> Registered:
+    return Registered(name, newest, {OLD: f"/a/{name}-old", newest: f"/a/{name}"}, {"latest": newest, "prod": OLD})
+
+
+REGISTERED = {name: registered(name, f"{number}" * 64) for number, name in enumerate(("shape", "french"))}
 
 
 @given(st.lists(MEMBERS, min_size=1, max_size=MAX_MEMBERS, unique_by=lambda m: m.name))

@@ -1,0 +1,56 @@
+"""The audit of the registry, and vLLM's own routes for adapters, so that tools made for vLLM work."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from fastapi.responses import PlainTextResponse
+
+from lora_runtime.errors import InvalidRequest, NotFound
+from serve.gateway.generation import Services
+from serve.schemas.management import AuditEntry, AuditList, LoadLoraRequest, UnloadLoraRequest
+
+
+def router(services: Services) -> APIRouter:
+    routes = APIRouter()
+    catalog = services.catalog
+
+    @routes.get("/v1/audit", tags=["Adapters"], summary="Who changed what, newest first")
+    async def audit(
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        before: Annotated[int | None, Query(ge=1, lt=1 << 63)] = None,
+    ) -> AuditList:
+        found = await catalog.audit(limit=limit + 1, before=before)
+        entries = [
+            AuditEntry(
+                id=entry.id,
+                at=entry.at,
+                actor=entry.actor,
+                action=entry.action,
+                subject=entry.subject,
+                details=dict(entry.details),
+            )
+            for entry in found[:limit]
+        ]
+        return AuditList(data=entries, has_more=len(found) > limit)
+
+    @routes.post("/v1/load_lora_adapter", tags=["vLLM"], summary="Register an adapter, as vLLM loads one")
+    async def load(body: LoadLoraRequest) -> PlainTextResponse:
+        if body.lora_name in catalog.records and not body.load_inplace:
+            raise InvalidRequest(
+                f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter in "
+                "place, set 'load_inplace' to True.",
+                param="lora_name",
+            )
+        await catalog.register(body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @routes.post("/v1/unload_lora_adapter", tags=["vLLM"], summary="Forget an adapter, as vLLM unloads one")
+    async def unload(body: UnloadLoraRequest) -> PlainTextResponse:
+        if body.lora_name not in catalog.records:
+            raise NotFound(f"The lora adapter '{body.lora_name}' cannot be found.", near=[])
+        await catalog.remove(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    return routes

@@ -1,0 +1,50 @@
+"""What the registry gives out: plain values, detached from any session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+LATEST = "latest"
+"""The alias that the bare name means: what was registered last, unless that was asked not to be served yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionRecord:
+    """Content registered under an adapter's name. ``number`` counts from 1; ``id`` is its fingerprint."""
+
+    adapter: str
+    id: str
+    number: int
+    path: str
+    created_at: datetime
+    info: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRecord:
+    """An adapter: its versions by number, and which of them each alias names."""
+
+    name: str
+    created_at: datetime
+    versions: tuple[VersionRecord, ...]
+    aliases: Mapping[str, str]
+
+    @property
+    def latest(self) -> VersionRecord:
+        """The version that the bare name means."""
+        return next(version for version in self.versions if version.id == self.aliases[LATEST])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRecord:
+    """Who did what to what, when; ``details`` say how it was before and after."""
+
+    id: int
+    at: datetime
+    actor: str
+    action: str
+    subject: str
+    details: Mapping[str, Any]
