@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
+from lora_runtime.zoo.paths import ADAPTERS
 from lora_runtime.zoo.tasks import examples
 from tests.served import Served
 
@@ -48,7 +50,7 @@ def test_python_examples(here):
 
 def test_shell_examples(here):
     zoo, folder = here
-    asking, managing, classifying = blocks("bash")
+    asking, managing, versioning, classifying = blocks("bash")
     example = examples("colour", "heldout", 1)[0]
     answered = run(["bash", "-e"], zoo, folder, asking)
     assert example.question.removeprefix("What colour is at the ") in answered
@@ -56,6 +58,11 @@ def test_shell_examples(here):
     managed = run(["bash", "-e"], zoo, folder, managing)
     assert "french" in managed
     assert "adapters.roots" in managed  # /adapters/mine is no allowed folder here, and the answer says so
+    path = str(ADAPTERS["shape"])
+    mine = httpx.post(f"{zoo.url}/v1/adapters", json={"name": "mine", "path": path}, timeout=60).json()
+    versioned = run(["bash", "-e"], zoo, folder, versioning.replace("3f9a12", mine["version"][:6]))
+    assert f"mine@latest means {mine['version'][:12]}" in versioned
+    httpx.delete(f"{zoo.url}/v1/adapters/mine")
     assert '"label":' in run(["bash", "-e"], zoo, folder, classifying)
 
 
