@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from lora_runtime.config import NO_TARGETS, read_config
-from lora_runtime.errors import MissingTensors, ShapeMismatch, UnknownModules, UnsupportedAdapter
+from lora_runtime.errors import (
+    AdapterMissing,
+    AdapterRejected,
+    MissingTensors,
+    ShapeMismatch,
+    UnknownModules,
+    UnsupportedAdapter,
+)
 from lora_runtime.folder import TENSORS_NAME, fingerprint, read_labels, read_tensors
 from lora_runtime.layout import BaseLayout
 from lora_runtime.materialise import Materialiser, MethodLayer
@@ -25,7 +32,7 @@ from lora_runtime.placement import CLASSIFIER_NAMES, MAX_EXPLAINED, Placed, plac
 from lora_runtime.targets import Matcher, Targets
 from lora_runtime.weights import AdapterWeights, Head, LoraFactors, SavedModule, TokenRows, touches_vision
 
-__all__ = ["TENSORS_NAME", "AdapterOutline", "fingerprint", "outline_adapter", "read_adapter"]
+__all__ = ["TENSORS_NAME", "AdapterOutline", "fingerprint", "outline_adapter", "problems_of", "read_adapter"]
 
 NOTHING = SavedModule(parameters={})
 
@@ -41,6 +48,15 @@ def read_adapter(path: str | Path, layout: BaseLayout, materialiser: Materialise
     """
     folder = Path(path)
     return _Reading(folder, layout).weights(fingerprint(folder), materialiser)
+
+
+def problems_of(path: str | Path, layout: BaseLayout) -> list[AdapterRejected | AdapterMissing]:
+    """Every reason why :func:`read_adapter` would refuse the folder ``path``, of all kinds that can be told apart."""
+    try:
+        reading = _Reading(Path(path), layout)
+    except (AdapterRejected, AdapterMissing) as error:
+        return [error]
+    return reading.problems()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -100,6 +116,19 @@ class _Reading:
             method=self._config.method.name if self._config.method else "LORA",
         )
 
+    def problems(self) -> list[AdapterRejected | AdapterMissing]:
+        found: list[AdapterRejected | AdapterMissing] = []
+        for check in (self._check_names, self._check_complete, self._check_shapes):
+            try:
+                check()
+            except (AdapterRejected, AdapterMissing) as error:
+                found.append(error)
+            except LookupError:
+                # What names have no meaning has no shape either; the error about them is found already.
+                if not found:
+                    raise
+        return found
+
     def _check(self) -> None:
         self._check_names()
         self._check_complete()
@@ -157,10 +186,11 @@ class _Reading:
         return {name: self._near(name) if i < MAX_EXPLAINED else [] for i, name in enumerate(names)}
 
     def _near(self, name: str) -> list[str]:
-        """The leaves inside the module of that name, else the leaves with the closest names."""
+        """The leaves inside the module of that name, else the names or the leaves that read most like it."""
         roots = tuple(f"{c}." for c in self._layout.containers if name in _ends(c))
         inside = [leaf for leaf in self._layout.leaves if leaf.startswith(roots)]
-        return inside[:4] or nearest(canonical(name), self._layout.leaves)
+        ends = {leaf.rpartition(".")[2] for leaf in self._layout.leaves} if "." not in name else ()
+        return inside[:4] or nearest(name, sorted(ends), 2) or nearest(canonical(name), self._layout.leaves)
 
     def _token_leaves(self, name: str) -> list[str]:
         leaves = self._layout.leaves

@@ -7,7 +7,8 @@ adapter's own size, and is bounded before it is computed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -66,7 +67,7 @@ class MethodLayer:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that PEFT saves for this leaf; computed without memory for them."""
         if self._shapes is None:
-            with torch.device("meta"):
+            with self._refusing(), torch.device("meta"):
                 saved = self._saved(self._built(None))
             self._shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
         return self._shapes
@@ -80,12 +81,13 @@ class MethodLayer:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.save_and_load import set_peft_model_state_dict
 
-        tree = self._built({name: tensor.to(torch.float32, copy=True) for name, tensor in base.items()})
         state = {f"{self._key}.{name}": tensor.float() for name, tensor in tensors.items()}
-        result: Any = set_peft_model_state_dict(tree, state)
+        with self._refusing():
+            tree = self._built({name: tensor.to(torch.float32, copy=True) for name, tensor in base.items()})
+            result: Any = set_peft_model_state_dict(tree, state)
+            layer = next(module for module in tree.modules() if isinstance(module, BaseTunerLayer))
+            layer.merge()
         assert not result.unexpected_keys, "shapes() said otherwise"
-        layer = next(module for module in tree.modules() if isinstance(module, BaseTunerLayer))
-        layer.merge()
         found = dict(layer.get_base_layer().named_parameters())
         changed = {name: found[name].detach().to(own.dtype) for name, own in base.items()}
         if not all(is_finite(tensor) for tensor in changed.values()):
@@ -94,6 +96,17 @@ class MethodLayer:
                 tensors=[self._key],
             )
         return SavedModule(parameters=changed)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What PEFT raises over a config's options is the config's fault."""
+        try:
+            yield
+        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+            raise UnsupportedAdapter(
+                f"PEFT cannot put {self._method} with these options on '{shown(self._key)}' ({shown(str(error))}).",
+                module=self._key,
+            ) from error
 
     def _built(self, base: Mapping[str, Tensor] | None) -> nn.Module:
         """The leaf with PEFT's layer around it, at its place in an otherwise empty model. None: no values."""
@@ -105,14 +118,8 @@ class MethodLayer:
             node.add_module(part, nn.Module())
             node = node.get_submodule(part)
         node.add_module(last, _bare(self._leaf, base))
-        try:
-            # Not PEFT's low_cpu_mem_usage: it patches torch for all threads of the process.
-            inject_adapter_in_model(copy.deepcopy(self._peft_config), tree)
-        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
-            raise UnsupportedAdapter(
-                f"PEFT cannot put {self._method} with these options on '{shown(self._key)}' ({shown(str(error))}).",
-                module=self._key,
-            ) from error
+        # Not PEFT's low_cpu_mem_usage: it patches torch for all threads of the process.
+        inject_adapter_in_model(copy.deepcopy(self._peft_config), tree)
         return tree.eval()
 
     def _saved(self, tree: nn.Module) -> dict[str, Tensor]:

@@ -106,6 +106,18 @@ def combine(
     commands.combine(console, adapter, out, base)
 
 
+@app.command()
+def doctor(
+    path: Annotated[Path, typer.Argument(help="A PEFT adapter folder.")],
+    base: Annotated[Path | None, typer.Option(help="The base's checkpoint folder; the demo's if not given.")] = None,
+    fix: Annotated[Path | None, typer.Option(help="Write a repaired adapter to this folder; must not exist.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Run the base with and without it; loads the base.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON.")] = False,
+) -> None:
+    """Say what is wrong with an adapter, what is odd about it, and what to do. Exits with 1 if it cannot be served."""
+    commands.doctor(console, path, base, fix=fix, probe=probe, as_json=as_json)
+
+
 @zoo.command("build")
 def build_zoo(
     out: Annotated[Path | None, typer.Option(help="Folder to build in; the installed zoo's if not given.")] = None,

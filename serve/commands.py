@@ -7,12 +7,14 @@ import json
 import mimetypes
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -143,6 +145,50 @@ def combine(console: Console, adapters: Sequence[str], out: Path, base: Path | N
     except LoomError as error:
         _stop(console, error.message)
     console.print(f"Wrote [bold]{out}[/]: {len(weights.modules)} modules, {weights.num_bytes / 1e6:.2f} MB.")
+
+
+def doctor(console: Console, path: Path, base: Path | None, *, fix: Path | None, probe: bool, as_json: bool) -> None:
+    from lora_runtime.behaviour import behaviour
+    from lora_runtime.doctor import diagnose, seen
+    from lora_runtime.export import write_adapter
+    from lora_runtime.layout import BaseLayout
+    from lora_runtime.materialise import Materialiser
+    from lora_runtime.parameters import BaseParameters
+    from lora_runtime.zoo import paths
+
+    _without_loading_bars()
+    folder = base or paths.BASE
+    try:
+        layout = BaseLayout.from_config(folder)
+        found = diagnose(path, layout, Materialiser(BaseParameters(folder), sys.maxsize))
+        findings = list(found.findings)
+        if probe and found.weights is not None:
+            findings.append(seen(behaviour(str(folder), found.weights)))
+        if fix is not None and found.weights is not None:
+            name = paths.BASE_NAME if base is None else str(folder)
+            write_adapter(found.weights, fix, layout, base_name=name)
+    except LoomError as error:
+        _stop(console, error.message)
+    if as_json:
+        answer = {"servable": found.is_servable, "findings": [asdict(finding) for finding in findings]}
+        typer.echo(json.dumps(answer, indent=2))
+    else:
+        _print_findings(console, findings, fix if found.is_servable else None, is_servable=found.is_servable)
+    if not found.is_servable:
+        raise typer.Exit(1)
+
+
+def _print_findings(console: Console, findings: Sequence[Any], fixed: Path | None, *, is_servable: bool) -> None:
+    if findings:
+        table = Table("", "finding", "what it means, and what to do", show_lines=True)
+        colours = {"error": "red", "warning": "yellow", "note": "cyan"}
+        for finding in findings:
+            said = "\n".join(filter(None, (escape(finding.message), f"[dim]{escape(finding.advice)}[/]")))
+            table.add_row(f"[{colours[finding.severity]}]{finding.severity}[/]", finding.code, said)
+        console.print(table)
+    console.print("It can be served." if is_servable else "[red]It cannot be served on this base.[/]")
+    if fixed is not None:
+        console.print(f"Wrote [bold]{fixed}[/], the same function under today's names.")
 
 
 def build_zoo(console: Console, out: Path | None, seed: int) -> None:
