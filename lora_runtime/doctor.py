@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from lora_runtime.checkpoint import problems_of, read_adapter
 from lora_runtime.combine import BaseParameter
 from lora_runtime.config import AdapterConfig, read_config
 from lora_runtime.errors import AdapterMissing, AdapterRejected, LoomError
+from lora_runtime.findings import Finding
 from lora_runtime.folder import PICKLE_NAME, read_tensors
 from lora_runtime.layout import BaseLayout
 from lora_runtime.materialise import Materialiser
@@ -26,22 +26,9 @@ from lora_runtime.names import canonical, listed, shown, spellings, unwrapped
 from lora_runtime.tensor_keys import parse_key
 from lora_runtime.weights import AdapterWeights, LoraFactors
 
-Severity = Literal["error", "warning", "note"]
-
 _VOCABULARY_ENDS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.base_layer.weight")
 LARGE = 1.0
 """‖Δ‖/‖W₀‖ above which an adapter replaces what a module knew rather than adding to it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing found. ``code`` is stable, for machines; ``advice`` says what to do."""
-
-    code: str
-    severity: Severity
-    message: str
-    advice: str = ""
-    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -97,6 +97,8 @@ def list_adapters(console: Console, url: str) -> None:
 def add_adapter(console: Console, url: str, name: str, path: Path, *, activate: bool = True) -> None:
     body = {"name": name, "path": str(path.expanduser().absolute()), "activate": activate}
     added = _request(console, "POST", url, "/v1/adapters", json=body)
+    if findings := added["info"].get("findings"):
+        _print_findings(console, findings)
     console.print(f"Registered [bold]{added['id']}[/]; its name means {added['version'][:12]}.")
 
 
@@ -173,22 +175,24 @@ def doctor(console: Console, path: Path, base: Path | None, *, fix: Path | None,
         answer = {"servable": found.is_servable, "findings": [asdict(finding) for finding in findings]}
         typer.echo(json.dumps(answer, indent=2))
     else:
-        _print_findings(console, findings, fix if found.is_servable else None, is_servable=found.is_servable)
+        _print_findings(console, [asdict(finding) for finding in findings])
+        console.print("It can be served." if found.is_servable else "[red]It cannot be served on this base.[/]")
+        if fix is not None and found.is_servable:
+            console.print(f"Wrote [bold]{fix}[/], the same function under today's names.")
     if not found.is_servable:
         raise typer.Exit(1)
 
 
-def _print_findings(console: Console, findings: Sequence[Any], fixed: Path | None, *, is_servable: bool) -> None:
-    if findings:
-        table = Table("", "finding", "what it means, and what to do", show_lines=True)
-        colours = {"error": "red", "warning": "yellow", "note": "cyan"}
-        for finding in findings:
-            said = "\n".join(filter(None, (escape(finding.message), f"[dim]{escape(finding.advice)}[/]")))
-            table.add_row(f"[{colours[finding.severity]}]{finding.severity}[/]", finding.code, said)
-        console.print(table)
-    console.print("It can be served." if is_servable else "[red]It cannot be served on this base.[/]")
-    if fixed is not None:
-        console.print(f"Wrote [bold]{fixed}[/], the same function under today's names.")
+def _print_findings(console: Console, findings: Sequence[dict[str, Any]]) -> None:
+    if not findings:
+        return
+    table = Table("", "finding", "what it means, and what to do", show_lines=True)
+    colours = {"error": "red", "warning": "yellow", "note": "cyan"}
+    for finding in findings:
+        advice = f"[dim]{escape(finding['advice'])}[/]" if finding["advice"] else ""
+        said = "\n".join(filter(None, (escape(finding["message"]), advice)))
+        table.add_row(f"[{colours[finding['severity']]}]{finding['severity']}[/]", finding["code"], said)
+    console.print(table)
 
 
 def build_zoo(console: Console, out: Path | None, seed: int) -> None:

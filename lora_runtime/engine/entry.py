@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
-from lora_runtime.checkpoint import read_adapter
+from lora_runtime.checkpoint import AdapterOutline, outline_adapter, read_adapter
+from lora_runtime.doctor import oddities
 from lora_runtime.engine.protocol import AdapterInfo
 from lora_runtime.errors import ContextOverflow, Overloaded
 from lora_runtime.layout import BaseLayout
@@ -48,26 +48,32 @@ def room_for(prompt_tokens: int, wanted: int | None, limit: int) -> int:
     return limit - prompt_tokens if wanted is None else wanted
 
 
-Read = Callable[[Path], AdapterWeights]
-"""How an engine reads an adapter's folder: against its base, with the limits of its configuration."""
+class AdapterReader:
+    """How one engine reads adapters: against its base, with the limits of its configuration. For any thread."""
 
+    def __init__(self, layout: BaseLayout, base_path: str, max_materialised_bytes: int) -> None:
+        self._layout = layout
+        self._materialiser = Materialiser(BaseParameters(base_path), max_materialised_bytes)
 
-def reader(layout: BaseLayout, base_path: str, max_materialised_bytes: int) -> Read:
-    """Reads adapters for the base at ``base_path``."""
-    materialiser = Materialiser(BaseParameters(base_path), max_materialised_bytes)
-    return partial(read_adapter, layout=layout, materialiser=materialiser)
+    def read(self, path: str | Path) -> AdapterWeights:
+        """The adapter in the folder ``path``. Raises AdapterRejected or AdapterMissing."""
+        return read_adapter(path, self._layout, self._materialiser)
 
+    def outline(self, path: str | Path) -> AdapterOutline:
+        """What is known of it without reading what it makes of the base. Raises as :meth:`read`."""
+        return outline_adapter(path, self._layout)
 
-def examined(path: str, read: Read) -> AdapterInfo:
-    """Read and validate the adapter at ``path``, and say what it holds. Raises AdapterRejected or AdapterMissing."""
-    weights = read(Path(path))
-    return AdapterInfo(
-        version=weights.version,
-        method=weights.method,
-        num_bytes=weights.num_bytes,
-        max_rank=max((factors.rank for factors in weights.lora.values()), default=0),
-        lora_modules=len(weights.lora),
-        saved_modules=tuple(sorted(weights.saved)),
-        heads={name: head.labels for name, head in weights.heads.items()},
-        touches_vision=weights.touches_vision,
-    )
+    def examine(self, path: str | Path) -> AdapterInfo:
+        """Read and validate the adapter, and say what it holds and what is odd about it. Raises as :meth:`read`."""
+        weights = self.read(path)
+        return AdapterInfo(
+            version=weights.version,
+            method=weights.method,
+            num_bytes=weights.num_bytes,
+            max_rank=max((factors.rank for factors in weights.lora.values()), default=0),
+            lora_modules=len(weights.lora),
+            saved_modules=tuple(sorted(weights.saved)),
+            heads={name: head.labels for name, head in weights.heads.items()},
+            touches_vision=weights.touches_vision,
+            findings=tuple(oddities(Path(path), weights, self._layout, self._materialiser.base)),
+        )

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from lora_runtime.findings import Finding
+
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
 
@@ -171,6 +173,7 @@ class AdapterInfo:
     """What ``examine`` found in an adapter that can be served.
 
     ``method`` is how PEFT trained it; what others than "LORA" change counts among the ``saved_modules``.
+    ``findings``: what the doctor says of it beside.
     """
 
     version: str
@@ -181,6 +184,7 @@ class AdapterInfo:
     saved_modules: tuple[str, ...]
     heads: Mapping[str, tuple[str, ...]]
     touches_vision: bool
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

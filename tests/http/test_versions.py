@@ -70,6 +70,12 @@ def test_aliases_that_cannot_be(http: httpx.Client, name: str, version: str, sta
     assert said in response.json()["error"]["message"]
 
 
+def test_what_the_doctor_says_is_kept_with_the_version(demo: httpx.Client):
+    (version,) = demo.get("/v1/adapters/letter/versions").json()["data"]
+    assert version["info"]["method"] == "LORA"
+    assert all({"code", "severity", "message", "advice", "modules"} == set(f) for f in version["info"]["findings"])
+
+
 def test_a_request_ends_on_what_it_began_with(http: httpx.Client, adapter_root: Path):
     folder = adapter_root / "brief"
     folder.mkdir()

@@ -31,7 +31,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from lora_runtime.checkpoint import fingerprint
-from lora_runtime.engine.entry import reader
+from lora_runtime.engine.entry import AdapterReader
 from lora_runtime.engine.prompts import Prepared
 from lora_runtime.engine.protocol import AdapterRef, ChatPrompt, ImagePart, Message, TextPart
 from lora_runtime.layout import BaseLayout
@@ -102,7 +102,7 @@ class World:
         return AdapterRef(version=fingerprint(path), path=str(path), name=name, weight=weight)
 
     def read(self, name: str) -> AdapterWeights:
-        return reader(BaseLayout.from_config(self.base), str(self.base), 1 << 30)(self.adapters[name])
+        return AdapterReader(BaseLayout.from_config(self.base), str(self.base), 1 << 30).read(self.adapters[name])
 
     def load(self) -> Any:
         return AutoModelForImageTextToText.from_pretrained(self.base, dtype=torch.float32).eval()

@@ -17,7 +17,7 @@ from lora_runtime.engine.embedded.loop import StepLoop
 from lora_runtime.engine.embedded.runner import ModelRunner
 from lora_runtime.engine.embedded.sampling import RowSampler
 from lora_runtime.engine.embedded.sequence import Job, Outcome, Sequence
-from lora_runtime.engine.entry import Admission, examined, reader, room_for
+from lora_runtime.engine.entry import AdapterReader, Admission, room_for
 from lora_runtime.engine.heads import select_head
 from lora_runtime.engine.images import ImageProcessor
 from lora_runtime.engine.prompts import Prepared, PromptProcessor
@@ -59,8 +59,8 @@ class EmbeddedEngine:
         )
         self._executor = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="loom-prepare")
         self._counters: Counter[str] = Counter()
-        self._read = reader(self._runner.layout, config.base_path, config.host_cache_bytes)
-        self._host = HostCache(self._read, self._executor, config.host_cache_bytes, self._count_load)
+        self._reader = AdapterReader(self._runner.layout, config.base_path, config.host_cache_bytes)
+        self._host = HostCache(self._reader, self._executor, config.host_cache_bytes, self._count_load)
         self._loop = StepLoop(
             self._runner,
             TokenText(self._prompts.tokenizer),
@@ -95,7 +95,7 @@ class EmbeddedEngine:
 
     async def examine(self, path: str) -> AdapterInfo:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, examined, path, self._read)
+        return await loop.run_in_executor(self._executor, self._reader.examine, path)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if request.sampling.n > self._config.max_batch_size:

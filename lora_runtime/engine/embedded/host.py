@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from lora_runtime.checkpoint import fingerprint
-from lora_runtime.engine.entry import Read
+from lora_runtime.engine.entry import AdapterReader
 from lora_runtime.engine.protocol import AdapterRef
 from lora_runtime.errors import AdapterRejected
 from lora_runtime.weights import AdapterWeights
@@ -25,12 +25,12 @@ class HostCache:
 
     def __init__(
         self,
-        read: Read,
+        reader: AdapterReader,
         executor: Executor,
         max_bytes: int,
         on_load: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self._read = read
+        self._reader = reader
         self._executor = executor
         self._max_bytes = max_bytes
         self._on_load = on_load
@@ -56,7 +56,7 @@ class HostCache:
     async def _load(self, ref: AdapterRef) -> AdapterWeights:
         start = time.monotonic()
         loop = asyncio.get_running_loop()
-        weights = await loop.run_in_executor(self._executor, _checked, ref, self._read)
+        weights = await loop.run_in_executor(self._executor, _checked, ref, self._reader)
         self._on_load(time.monotonic() - start)
         return weights
 
@@ -69,10 +69,10 @@ class HostCache:
             self._held.popitem(last=False)
 
 
-def _checked(ref: AdapterRef, read: Read) -> AdapterWeights:
+def _checked(ref: AdapterRef, reader: AdapterReader) -> AdapterWeights:
     # Copied out of the mapped file first and hashed after: a file that changes in between hashes
     # otherwise, and one that is cut short later cannot take the process down.
-    weights = read(Path(ref.path)).cloned()
+    weights = reader.read(ref.path).cloned()
     found = fingerprint(Path(ref.path))
     if found != ref.version:
         raise AdapterRejected(

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from lora_runtime.checkpoint import AdapterOutline, outline_adapter
-from lora_runtime.engine.entry import Admission, examined, reader, room_for
+from lora_runtime.checkpoint import AdapterOutline
+from lora_runtime.engine.entry import AdapterReader, Admission, room_for
 from lora_runtime.engine.heads import select_head
 from lora_runtime.engine.images import ImageProcessor
 from lora_runtime.engine.prompts import Prepared, PromptProcessor
@@ -64,7 +64,7 @@ class VllmEngine:
         names.check_version()
         self._config = config
         self._layout = BaseLayout.from_config(config.base_path)
-        self._read = reader(self._layout, config.base_path, config.saved_bytes)
+        self._reader = AdapterReader(self._layout, config.base_path, config.saved_bytes)
         images = ImageProcessor(config.base_path, max_pixels=config.max_image_pixels)
         self._prompts = PromptProcessor(
             config.base_path, images, max_images=config.max_images, rope_index=_no_positions
@@ -159,7 +159,7 @@ class VllmEngine:
 
     async def examine(self, path: str) -> AdapterInfo:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, examined, path, self._read)
+        return await loop.run_in_executor(self._executor, self._reader.examine, path)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if request.sampling.n > self._config.max_batch_size:
@@ -328,7 +328,7 @@ class VllmEngine:
         loop = asyncio.get_running_loop()
         for ref in refs:
             if ref.version not in self._known:
-                outline = await loop.run_in_executor(self._executor, outline_adapter, ref.path, self._layout)
+                outline = await loop.run_in_executor(self._executor, self._reader.outline, ref.path)
                 self._known[ref.version] = outline
         prepared = await loop.run_in_executor(self._executor, self._prompts.prepare, prompt)
         return prepared, {ref.version: self._known[ref.version] for ref in refs}

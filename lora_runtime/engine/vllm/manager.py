@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lora_runtime.checkpoint import fingerprint
-from lora_runtime.engine.entry import reader
+from lora_runtime.engine.entry import AdapterReader
 from lora_runtime.engine.routing import Router, Routing, Space
 from lora_runtime.engine.vllm.binding import SCHEME, Binding
 from lora_runtime.engine.vllm.contract import check_contract
@@ -58,7 +58,7 @@ class SlotManager:
         """Wrap the model's leaves; vLLM calls this once, after its weights are loaded."""
         self._layout = BaseLayout.from_config(self._base_path)
         self._parameters = BaseParameters(self._base_path)
-        self._read = reader(self._layout, self._base_path, self._budget)
+        self._reader = AdapterReader(self._layout, self._base_path, self._budget)
         self._leaves = wrap_leaves(model, self._layout, self._router)
         self._heads = HeadLogits(model)
         self._model = model
@@ -103,7 +103,7 @@ class SlotManager:
         """Runs beside the step, on a thread of its own."""
         # Copied out of the mapped file before it is hashed: one that changes meanwhile hashes otherwise, and
         # one that is cut short later cannot take the process down.
-        weights = self._read(Path(path)).cloned()
+        weights = self._reader.read(path).cloned()
         if (found := fingerprint(Path(path))) != version:
             raise AdapterRejected(
                 f"The adapter changed on disk since it was registered ({version[:12]}, now {found[:12]}).",
