@@ -95,7 +95,8 @@ class BySlot:
         hidden = torch.bmm(chosen.reshape(num_slots, count, -1), self.a.transpose(1, 2))
         if not self.rows.is_plain:
             hidden *= self.rows.weight
-        if self.rows.is_identity and len(self.blocks) == 1 and y.is_contiguous():
+        is_whole = len(self.blocks) == 1 and self.blocks[0].b.shape[2] == y.shape[1]
+        if self.rows.is_identity and is_whole and y.is_contiguous():
             y.view(num_slots, count, -1).baddbmm_(hidden, self.blocks[0].b)
             return
         for block in self.blocks:
