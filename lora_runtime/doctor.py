@@ -210,10 +210,7 @@ def _vocabulary(folder: Path, layout: BaseLayout) -> list[Finding]:
     except LoomError:
         return []
     ends: Mapping[str, int] = {
-        key: tensor.shape[0]
-        for key, tensor in tensors.items()
-        if tensor.ndim == 2
-        and key.endswith(("embed_tokens.weight", "lm_head.weight", "embed_tokens.base_layer.weight"))
+        key: tensor.shape[0] for key, tensor in tensors.items() if tensor.ndim == 2 and key.endswith(_VOCABULARY_ENDS)
     }
     wrong = {key: size for key, size in ends.items() if size != layout.vocab_size}
     if not wrong:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ keys = st.lists(
 ).map(".".join)  # fmt: skip
 shapes = st.lists(st.sampled_from([0, 1, 3, 4, 64, 128]), max_size=3).map(tuple).filter(lambda s: math.prod(s) < 50_000)
 fuzz = settings(
-    max_examples=200,
+    max_examples=int(os.environ.get("LOOM_FUZZ_EXAMPLES", "200")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -106,7 +107,7 @@ def own() -> Materialiser:
     return Materialiser(lambda leaf, name: model.get_parameter(f"{leaf}.{name}").detach(), 1 << 30)
 
 
-@settings(fuzz, max_examples=40)
+@settings(fuzz, max_examples=max(40, fuzz.max_examples // 8))
 @given(changes=st.dictionaries(st.sampled_from(FIELDS + OPTIONS), values, min_size=1, max_size=3))
 def test_configs_of_other_methods(other: Path, own: Materialiser, tmp_path: Path, changes: dict[str, Any]) -> None:
     config = json.loads((other / "adapter_config.json").read_text()) | changes
