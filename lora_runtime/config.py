@@ -87,6 +87,7 @@ class AdapterConfig(BaseModel):
     lora_bias: bool = False
     init_lora_weights: bool | str | None = True
     ensure_weight_tying: bool = False
+    feedforward_modules: Names | str | None = None
     method: SkipValidation[Method | None] = None
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -113,7 +114,7 @@ class AdapterConfig(BaseModel):
 
     def expressions(self) -> Iterable[str]:
         """All that PEFT compiles as a regular expression."""
-        for value in (self.target_modules, self.exclude_modules):
+        for value in (self.target_modules, self.exclude_modules, self.feedforward_modules):
             if isinstance(value, str):
                 yield value
         yield from (*self.saved_names, *self.rank_pattern, *self.alpha_pattern, *self.layer_patterns)
@@ -175,7 +176,8 @@ def _check_expressions(config: AdapterConfig) -> None:
 
 
 def _check_supported(raw: Mapping[str, Any], config: AdapterConfig) -> None:
-    known = _INERT | (_SHARED | INERT | _of(config.method) if config.method else set(AdapterConfig.model_fields))
+    of_lora = set(AdapterConfig.model_fields) - {"feedforward_modules"}
+    known = _INERT | (_SHARED | INERT | _of(config.method) if config.method else of_lora)
     if options := sorted(name for name, value in raw.items() if value and name not in known):
         reasons = [f"{shown(name)} ({_REASONS.get(name, 'unknown here')})" for name in options]
         raise UnsupportedAdapter(

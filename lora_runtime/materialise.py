@@ -165,7 +165,7 @@ def _single(config: AdapterConfig, matcher: Matcher, key: str) -> Any:
     if method.alpha is not None:
         options["r"], options[method.alpha] = matcher.rank_and_alpha(key)
     if "feedforward_modules" in method.options:
-        feedforward = options.get("feedforward_modules")
+        feedforward = config.feedforward_modules
         options["feedforward_modules"] = [key] if feedforward and matcher.is_named(feedforward, key) else []
     known = {field.name for field in fields(cls)}
     try:

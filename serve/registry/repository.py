@@ -82,7 +82,7 @@ class Repository:
             row.path, row.info = path, info
             session.flush()
             if is_new or before != (path, info):
-                _note(session, actor, "adapter.register", f"{name}@{version}", number=row.number, path=path)
+                _note(session, actor, "adapter.register", f"{name}@{version}", number=row.number, is_new=is_new)
             if activate or len(adapter.versions) == 1:
                 _move(session, adapter, LATEST, version, actor)
             session.flush()

@@ -131,6 +131,8 @@ def test_beyond_the_limit_the_sizes_are_named(folders):
         ("dora", {"use_dora": False}, UnsupportedAdapter, "does not say use_dora"),
         ("dora", {"peft_type": "VERA"}, UnsupportedAdapter, "LOHA"),
         ("dora", {"peft_type": "DORA"}, UnsupportedAdapter, "LOHA"),
+        ("ia3", {"feedforward_modules": 1}, MalformedAdapter, "feedforward_modules"),
+        ("ia3", {"feedforward_modules": "("}, MalformedAdapter, "no regular expression"),
         ("ia3", {"target_modules": r"(.*a?)*k_proj(x+x+)+"}, AdapterRejected, "no modul|takes too long|cannot act on"),
     ],
 )

@@ -42,7 +42,6 @@ from lora_runtime.engine.vllm.config import VllmConfig
 from lora_runtime.engine.vllm.probe import prove
 from lora_runtime.engine.vllm.residency import Residency
 from lora_runtime.engine.vllm.translate import Events, engine_input, sampling_params
-from lora_runtime.engine.vllm.worker import PENDING
 from lora_runtime.errors import (
     AdapterRejected,
     DeadlineExceeded,
@@ -296,12 +295,15 @@ class VllmEngine:
         start = time.monotonic()
         pause = 0.005
         try:
-            while PENDING in (
-                said := await self._engine.collective_rpc("loom_fill", args=(slot, ref.path, ref.version))
-            ):
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, MAX_PAUSE_S)
-            wrong = [message for message in said if message is not None]
+            while True:
+                said = await self._engine.collective_rpc("loom_fill", args=(slot, ref.path, ref.version))
+                progress = {where for where, _ in said}
+                if progress == {"done"}:
+                    break
+                if "reading" in progress:
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, MAX_PAUSE_S)
+            wrong = [message for _, message in said if message is not None]
             if wrong:
                 # Another worker may have filled its part.
                 await self._engine.collective_rpc("loom_clear", args=(slot,))

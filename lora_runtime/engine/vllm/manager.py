@@ -6,12 +6,14 @@ loads, evicts or touches a file in a step; slots are filled between steps by :mo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ from lora_runtime.engine.entry import AdapterReader
 from lora_runtime.engine.routing import Router, Routing, Space
 from lora_runtime.engine.vllm.binding import SCHEME, Binding
 from lora_runtime.engine.vllm.contract import check_contract
-from lora_runtime.engine.vllm.fusion import fused
+from lora_runtime.engine.vllm.fusion import LeafParts, fused
 from lora_runtime.engine.vllm.heads import HeadLogits
 from lora_runtime.engine.vllm.leaves import WrappedLeaf, wrap_leaves
 from lora_runtime.engine.vllm.names import LoRAMappingType
@@ -30,9 +32,22 @@ from lora_runtime.engine.vllm.staging import Staged, Staging
 from lora_runtime.errors import AdapterRejected, EngineFault, InvalidCombination
 from lora_runtime.layout import BaseLayout
 from lora_runtime.parameters import BaseParameters
-from lora_runtime.weights import AdapterWeights
+from lora_runtime.weights import AdapterWeights, Head
 
 BASE = Binding(signature=())
+FILL_S = 0.005
+"""How long a step may wait for a slot that is being filled, but for one leaf more."""
+
+Progress = Literal["reading", "filling", "done"]
+
+
+@dataclass(slots=True, eq=False)
+class Filling:
+    """An adapter on its way into a slot: the leaves that are still to be filled."""
+
+    version: str
+    parts: Iterator[tuple[str, LeafParts]]
+    heads: Mapping[str, Head]
 
 
 class SlotManager:
@@ -49,6 +64,7 @@ class SlotManager:
         self._versions: dict[int, str] = {}
         self._awaited: dict[int, str] = {}
         """Versions being read, by the slot they are for."""
+        self._filling: dict[int, Filling] = {}
         self._staging = Staging(self._prepared)
         self.num_encoded = 0
         """Images that went through the tower."""
@@ -68,30 +84,39 @@ class SlotManager:
         """Prove the leaves against dense weights; see :mod:`.contract`. Returns how many, raises EngineFault."""
         return check_contract(self._model, self._leaves, self._layout, self._parameters, self._router)
 
-    def fill(self, slot: int, path: str, version: str) -> bool:
-        """Put the adapter at ``path`` into ``slot``, all or nothing. False while it is being read: call again.
+    def fill(self, slot: int, path: str, version: str) -> Progress:
+        """Put the adapter at ``path`` into ``slot``, all or nothing; to be called until it is "done".
 
-        Raises AdapterRejected for content other than ``version``, InvalidCombination beyond the memory budget.
+        A call takes about ``FILL_S``: what is left waits for the next one, and steps go between. Nobody uses the
+        slot until then. Raises AdapterRejected for content other than ``version``, InvalidCombination beyond the
+        memory budget, and then the slot is clear.
         """
         if self._versions.get(slot) == version:
-            return True
-        if (other := self._awaited.pop(slot, version)) != version:
-            self._staging.drop(other)
-        self.clear(slot)
-        staged = self._staging.take(path, version)
-        if staged is None:
-            self._awaited[slot] = version
-            return False
-        self._bytes[slot] = self._affordable(staged.num_saved * self._dtype.itemsize)
+            return "done"
+        filling = self._filling.get(slot)
+        if filling is None or filling.version != version:
+            if (other := self._awaited.pop(slot, version)) != version:
+                self._staging.drop(other)
+            self.clear(slot)
+            staged = self._staging.take(path, version)
+            if staged is None:
+                self._awaited[slot] = version
+                return "reading"
+            self._bytes[slot] = self._affordable(staged.num_saved * self._dtype.itemsize)
+            filling = self._filling[slot] = Filling(version, iter(staged.parts.items()), staged.heads)
+        end = time.monotonic() + FILL_S
         try:
-            for name, part in staged.parts.items():
+            for name, part in filling.parts:
                 self._leaves[name].fill(slot, part)
-            self._heads.fill(slot, staged.heads)
+                if time.monotonic() > end:
+                    return "filling"
+            self._heads.fill(slot, filling.heads)
         except BaseException:
             self.clear(slot)
             raise
+        del self._filling[slot]
         self._versions[slot] = version
-        return True
+        return "done"
 
     def fill_probe(self, slot: int) -> None:
         """Put the adapter of :mod:`.probe` into ``slot``, which must be clear."""
@@ -140,6 +165,7 @@ class SlotManager:
         self._heads.clear(slot)
         self._bytes.pop(slot, None)
         self._versions.pop(slot, None)
+        self._filling.pop(slot, None)
 
     def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
         """Route the rows of what runs next. vLLM's warm-up requests are base rows.

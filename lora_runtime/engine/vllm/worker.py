@@ -5,11 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from lora_runtime.engine.vllm.manager import SlotManager
+from lora_runtime.engine.vllm.manager import Progress, SlotManager
 from lora_runtime.errors import LoomError
-
-PENDING = "pending"
-"""Said of an adapter that is still being read: ask again."""
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +24,15 @@ class SlotWorker:
             return error.message
         return None
 
-    def loom_fill(self, slot: int, path: str, version: str) -> str | None:
-        """Fill a slot, between steps; returns None, PENDING while the adapter is read, or what was wrong."""
+    def loom_fill(self, slot: int, path: str, version: str) -> tuple[Progress, str | None]:
+        """Fill a slot a little further, between steps; returns how far it is, or "done" and what was wrong."""
         try:
-            return None if self._loom_manager().fill(slot, path, version) else PENDING
+            return self._loom_manager().fill(slot, path, version), None
         except LoomError as error:
-            return error.message
+            return "done", error.message
         except Exception as error:  # one adapter's tensors must not take the engine down
             log.exception("an adapter could not be put into its slot")
-            return f"The adapter could not be loaded: {type(error).__name__}."
+            return "done", f"The adapter could not be loaded: {type(error).__name__}."
 
     def loom_fill_probe(self, slot: int) -> None:
         """Put the adapter of :mod:`.probe` into a slot."""
