@@ -21,11 +21,9 @@ from lora_runtime.materialise import Materialiser
 from lora_runtime.methods import Method
 from lora_runtime.names import listed
 from lora_runtime.reading import Reading
-from lora_runtime.weights import AdapterWeights, Head, LoraFactors, SavedModule, TokenRows, touches_vision
+from lora_runtime.weights import NOT_SAVED, AdapterWeights, Head, LoraFactors, SavedModule, TokenRows, touches_vision
 
 __all__ = ["TENSORS_NAME", "AdapterOutline", "fingerprint", "outline_adapter", "problems_of", "read_adapter"]
-
-NOTHING = SavedModule(parameters={})
 
 
 def read_adapter(path: str | Path, layout: BaseLayout, materialiser: Materialiser | None = None) -> AdapterWeights:
@@ -86,7 +84,7 @@ class _Assembly(Reading):
         rows = self._token_rows()
         if self._config.method is not None:
             saved |= self._materialised(saved, self._config.method, materialiser)
-        for name in [name for name in rows if "weight" in saved.get(name, NOTHING).parameters]:
+        for name in [name for name in rows if "weight" in saved.get(name, NOT_SAVED).parameters]:
             saved[name] = _with_rows(saved[name], rows.pop(name))
         return AdapterWeights(
             version=version,
@@ -153,7 +151,7 @@ class _Assembly(Reading):
         found = {}
         for name, tensors in targeted.items():
             # PEFT writes an embedding's own weight beside what it trained, and loads that instead of the base's.
-            carried = saved.get(name, NOTHING).parameters
+            carried = saved.get(name, NOT_SAVED).parameters
             own = {
                 parameter: carried[parameter] if parameter in carried else materialiser.base(name, parameter)
                 for parameter in self._layout.leaves[name].parameters

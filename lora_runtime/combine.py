@@ -21,14 +21,10 @@ import torch
 from torch import Tensor
 
 from lora_runtime.errors import InvalidCombination
-from lora_runtime.weights import AdapterWeights, Head, LoraFactors, SavedModule, TokenRows
-
-BaseParameter = Callable[[str, str], Tensor]
-"""(leaf, parameter) → the base's own tensor W₀."""
+from lora_runtime.weights import NOT_SAVED, AdapterWeights, BaseParameter, Head, LoraFactors, SavedModule, TokenRows
 
 Member = tuple[AdapterWeights, float]
 
-_NOTHING = SavedModule(parameters={})
 Part = TypeVar("Part")
 
 
@@ -41,10 +37,10 @@ def combine(members: Sequence[Member], base: BaseParameter) -> AdapterWeights:
     lora = _each_leaf(members, "lora", _sum_factors)
     saved = _each_leaf(members, "saved", lambda name, parts: _sum_saved(name, parts, base))
     rows = _each_leaf(members, "token_rows", lambda name, parts: _sum_rows(name, parts, base))
-    for name in [name for name in rows if "weight" in saved.get(name, _NOTHING).parameters or name in lora]:
+    for name in [name for name in rows if "weight" in saved.get(name, NOT_SAVED).parameters or name in lora]:
         own = base(name, "weight")[rows[name].indices].float()
         change = rows[name].rows - own
-        if "weight" in saved.get(name, _NOTHING).parameters:
+        if "weight" in saved.get(name, NOT_SAVED).parameters:
             saved[name].parameters["weight"][rows[name].indices] += change  # a fresh tensor, from _blend
         else:
             lora[name] = _with_rows(lora[name], rows[name].indices, change)

@@ -11,20 +11,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from lora_runtime.behaviour import Behaviour
 from lora_runtime.checkpoint import problems_of, read_adapter
-from lora_runtime.combine import BaseParameter
 from lora_runtime.config import AdapterConfig, read_config
 from lora_runtime.errors import AdapterMissing, AdapterRejected, LoomError
 from lora_runtime.findings import Finding
-from lora_runtime.folder import PICKLE_NAME, read_tensors
+from lora_runtime.folder import PICKLE_NAME
 from lora_runtime.layout import BaseLayout
 from lora_runtime.materialise import Materialiser
 from lora_runtime.names import canonical, listed, shown, spellings, unwrapped
+from lora_runtime.tensor_file import read_tensors
 from lora_runtime.tensor_keys import parse_key
-from lora_runtime.weights import AdapterWeights, LoraFactors
+from lora_runtime.weights import AdapterWeights, BaseParameter, LoraFactors
 
 _VOCABULARY_ENDS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.base_layer.weight")
 LARGE = 1.0
@@ -154,8 +152,9 @@ def _relative_sizes(weights: AdapterWeights, base: BaseParameter) -> Iterator[tu
         if name in weights.lora:
             size += _norm(weights.lora[name])
         if name in weights.saved:
-            changes = [_difference(base, name, part, t) for part, t in weights.saved[name].parameters.items()]
-            size += sum(changes)
+            for part, tensor in weights.saved[name].parameters.items():
+                before = own if part == "weight" else base(name, part).float()
+                size += float((tensor.float() - before).norm())
         if name in weights.token_rows:
             rows = weights.token_rows[name]
             size += float((rows.rows.float() - own[rows.indices]).norm())
@@ -168,10 +167,6 @@ def _norm(factors: LoraFactors) -> float:
     squared = float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0))
     bias = 0.0 if factors.bias is None else float(factors.bias.float().norm()) * abs(factors.scaling)
     return math.sqrt(squared) + bias
-
-
-def _difference(base: BaseParameter, name: str, parameter: str, tensor: Tensor) -> float:
-    return float((tensor.float() - base(name, parameter).float()).norm())
 
 
 def _tied(weights: AdapterWeights, layout: BaseLayout) -> Iterator[Finding]:

@@ -14,10 +14,12 @@ LoomError
 │       ├── MissingTensors       tensors the config promises and the file lacks
 │       ├── ShapeMismatch        tensors whose shape the base refutes
 │       ├── UnsupportedAdapter   a PEFT method or option Loom does not serve
-│       └── NonFiniteWeights     NaN or infinity in the weights
+│       ├── NonFiniteWeights     NaN or infinity in the weights
+│       └── AdapterTooLarge      more bytes than may be taken in
 ├── Conflict                     the name is taken, or the thing is in use
 ├── Overloaded                   no room now; retry later
 │   └── DeadlineExceeded         the request ran out of time
+├── StoreUnavailable             the store cannot be read or written now
 └── EngineFault                  the engine itself failed
 
 Messages say what is wrong, where, and what to do. Facts ride along as
@@ -105,6 +107,10 @@ class NonFiniteWeights(AdapterRejected):
     """NaN or infinity in an adapter's weights."""
 
 
+class AdapterTooLarge(AdapterRejected):
+    """An adapter's files hold more bytes than may be taken in; ``facts["limit"]`` says how many."""
+
+
 class Conflict(LoomError):
     """The name is taken, or the thing is in use."""
 
@@ -115,6 +121,10 @@ class Overloaded(LoomError):
 
 class DeadlineExceeded(Overloaded):
     """The request ran out of time while waiting or running."""
+
+
+class StoreUnavailable(LoomError):
+    """The store of adapters cannot be read or written now; nothing about the request explains it."""
 
 
 class EngineFault(LoomError):

@@ -20,7 +20,7 @@ from lora_runtime.errors import Conflict, UnsupportedAdapter
 from lora_runtime.folder import CONFIG_NAME, MODEL_CONFIG_NAME, TENSORS_NAME
 from lora_runtime.layout import BaseLayout
 from lora_runtime.names import listed
-from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule
+from lora_runtime.weights import NOT_SAVED, AdapterWeights, LoraFactors, SavedModule
 
 PREFIX = "base_model.model."
 
@@ -53,10 +53,10 @@ def write_adapter(weights: AdapterWeights, path: str | Path, layout: BaseLayout,
 def _settled(weights: AdapterWeights, layout: BaseLayout) -> AdapterWeights:
     """``weights`` with at most one of LoRA, saved weight and token rows per leaf."""
     lora, saved = dict(weights.lora), dict(weights.saved)
-    for name in [name for name in lora if "weight" in saved.get(name, _NOTHING).parameters]:
+    for name in [name for name in lora if "weight" in saved.get(name, NOT_SAVED).parameters]:
         saved[name] = _folded(name, lora.pop(name), saved[name])
     clashes = sorted(
-        name for name in weights.token_rows if name in lora or "weight" in saved.get(name, _NOTHING).parameters
+        name for name in weights.token_rows if name in lora or "weight" in saved.get(name, NOT_SAVED).parameters
     )
     if clashes:
         raise _inexpressible("token rows beside low-rank factors or a full weight of one module", clashes)
@@ -70,9 +70,6 @@ def _settled(weights: AdapterWeights, layout: BaseLayout) -> AdapterWeights:
         if embedding in rows and not (head in rows and (_same_rows(weights, head) or _other_ids(weights, head))):
             raise _inexpressible("token rows of an embedding that differ from those of its tied head", [embedding])
     return replace(weights, lora=lora, saved=saved)
-
-
-_NOTHING = SavedModule(parameters={})
 
 
 def _folded(name: str, factors: LoraFactors, saved: SavedModule) -> SavedModule:

@@ -1,7 +1,7 @@
 """The files of a PEFT folder, read as what a stranger sent: bounded, typed, never executed.
 
 Links are followed (model caches are made of them), but only to regular files: a pipe or a device
-is not read.
+is not read. Imports no torch: gateways name these files too.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from lora_runtime.errors import AdapterMissing, AdapterRejected, MalformedAdapter, UnsupportedAdapter
 from lora_runtime.names import shown
 
@@ -23,8 +20,9 @@ TENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 INDEX_NAME = f"{TENSORS_NAME}.index.json"
 MODEL_CONFIG_NAME = "config.json"
+FILES = (CONFIG_NAME, TENSORS_NAME, MODEL_CONFIG_NAME)
+"""All that an adapter is read from; the last one may be absent."""
 MAX_JSON_BYTES = 4 << 20
-MAX_HEADER_BYTES = 16 << 20
 
 _NAME_SETS = ("target_modules", "exclude_modules", "modules_to_save")
 """Config lists whose order means nothing; PEFT writes them in a new order each time."""
@@ -36,25 +34,24 @@ def fingerprint(path: str | Path) -> str:
     Equal content has one fingerprint however its JSON is laid out. Raises AdapterMissing or MalformedAdapter.
     """
     folder = Path(path)
-    config = read_json(folder / CONFIG_NAME)
+    config = read_json(config_file(folder))
     for name in _NAME_SETS:
         if isinstance(config.get(name), list):
             config[name] = sorted(config[name], key=str)
     # Only the outer keys are sorted: the order of rank_pattern and alpha_pattern decides which pattern wins.
     digest = hashlib.sha256(json.dumps([sorted(config.items()), read_labels(folder)]).encode())
-    file = _tensors_file(folder)
+    file = tensors_file(folder)
     try:
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     except OSError as error:
-        raise AdapterMissing(f"{file} cannot be read: {error.strerror}.") from error
+        raise AdapterMissing(f"{file.name} cannot be read: {error.strerror}.") from error
     return digest.hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size. Raises AdapterMissing or MalformedAdapter."""
-    if not _is_file(file):
-        raise AdapterMissing(f"There is no {file.name} in {shown(str(file.parent))}; check the adapter's path.")
+    _check_there(file)
     try:
         with open(file, "rb") as opened:
             data = opened.read(MAX_JSON_BYTES + 1)
@@ -62,7 +59,7 @@ def read_json(file: Path) -> dict[str, Any]:
             raise MalformedAdapter(f"{file.name} is larger than {MAX_JSON_BYTES} bytes; it is no configuration.")
         raw = json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except OSError as error:
-        raise AdapterMissing(f"{file} cannot be read: {error.strerror}.") from error
+        raise AdapterMissing(f"{file.name} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "nested too deep"
         raise MalformedAdapter(f"{file.name} is not valid JSON ({shown(reason)}); save the adapter again.") from error
@@ -79,28 +76,14 @@ def read_labels(folder: Path) -> dict[str, str]:
     return {str(key): str(value) for key, value in labels.items()} if isinstance(labels, dict) else {}
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder, memory-mapped, in their stored dtype.
-
-    Raises AdapterMissing, MalformedAdapter, or UnsupportedAdapter for an adapter in several shards.
-    """
-    file = _tensors_file(folder)
-    try:
-        with open(file, "rb") as opened:
-            header_bytes = int.from_bytes(opened.read(8), "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise MalformedAdapter(f"{TENSORS_NAME} claims a header of {header_bytes} bytes; the file is damaged.")
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  # not a mapping
-    except MalformedAdapter:
-        raise
-    except (SafetensorError, OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise MalformedAdapter(
-            f"{TENSORS_NAME} is damaged or no safetensors file ({shown(str(error))}). Copy or save it again."
-        ) from error
+def config_file(folder: Path) -> Path:
+    """The file of the adapter's configuration. Raises AdapterMissing."""
+    _check_there(folder / CONFIG_NAME)
+    return folder / CONFIG_NAME
 
 
-def _tensors_file(folder: Path) -> Path:
+def tensors_file(folder: Path) -> Path:
+    """The file of the adapter's tensors. Raises AdapterMissing, MalformedAdapter or UnsupportedAdapter."""
     if not _is_file(folder / TENSORS_NAME):
         raise _no_tensors(folder)
     return folder / TENSORS_NAME
@@ -117,7 +100,12 @@ def _no_tensors(folder: Path) -> AdapterMissing | AdapterRejected:
             f"The adapter comes in several shards ({INDEX_NAME}), which PEFT does not read either. "
             f"Join them into one {TENSORS_NAME}."
         )
-    return AdapterMissing(f"There is no {TENSORS_NAME} in {shown(str(folder))}; check the adapter's path.")
+    return AdapterMissing(f"There is no {TENSORS_NAME} in the adapter's folder; check its path.")
+
+
+def _check_there(file: Path) -> None:
+    if not _is_file(file):
+        raise AdapterMissing(f"There is no {file.name} in the adapter's folder; check its path.")
 
 
 def _is_file(path: Path) -> bool:

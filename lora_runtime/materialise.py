@@ -7,7 +7,7 @@ adapter's own size, and is bounded before it is computed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,10 +21,7 @@ from lora_runtime.folder import CONFIG_NAME
 from lora_runtime.layout import BaseLayout, Leaf
 from lora_runtime.names import listed, shown
 from lora_runtime.targets import Matcher
-from lora_runtime.weights import SavedModule, is_finite
-
-BaseParameter = Callable[[str, str], Tensor]
-"""(leaf, parameter) → the base's own tensor W₀."""
+from lora_runtime.weights import BaseParameter, SavedModule, is_finite
 
 MAX_TERMS = 64
 """Of a series that a config may ask for; PEFT's default is 5."""

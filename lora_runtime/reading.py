@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -15,12 +16,12 @@ from lora_runtime.errors import (
     UnknownModules,
     UnsupportedAdapter,
 )
-from lora_runtime.folder import read_tensors
 from lora_runtime.layout import BaseLayout
 from lora_runtime.materialise import MethodLayer
 from lora_runtime.names import canonical, listed, nearest, shown, spellings, tail
 from lora_runtime.placement import CLASSIFIER_NAMES, MAX_EXPLAINED, Placed, place
 from lora_runtime.targets import Matcher, Targets
+from lora_runtime.tensor_file import read_tensors
 
 
 class Reading:
@@ -41,7 +42,7 @@ class Reading:
 
     def problems(self) -> list[AdapterRejected | AdapterMissing]:
         found: list[AdapterRejected | AdapterMissing] = []
-        for check in (self._check_names, self._check_complete, self._check_shapes):
+        for check in self._checks():
             try:
                 check()
             except (AdapterRejected, AdapterMissing) as error:
@@ -54,9 +55,12 @@ class Reading:
 
     def check(self) -> None:
         """Raise the first kind of AdapterRejected that fits, with all that is wrong of that kind."""
-        self._check_names()
-        self._check_complete()
-        self._check_shapes()
+        for check in self._checks():
+            check()
+
+    def _checks(self) -> tuple[Callable[[], None], ...]:
+        """In this order: what a name means is known before what must be there, and that before its shape."""
+        return self._check_names, self._check_complete, self._check_shapes
 
     def _check_names(self) -> None:
         """Each name in the config must mean something, and mean what the file holds."""

@@ -12,13 +12,16 @@ N number of token rows, L labels, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+BaseParameter = Callable[[str, str], Tensor]
+"""(leaf, parameter) → the base's own tensor W₀."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,6 +64,10 @@ class SavedModule:
     """
 
     parameters: Mapping[str, Tensor]
+
+
+NOT_SAVED = SavedModule(parameters={})
+"""What an adapter carries of a leaf that it leaves alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

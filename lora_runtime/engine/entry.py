@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,6 +48,17 @@ def room_for(prompt_tokens: int, wanted: int | None, limit: int) -> int:
             limit=limit,
         )
     return limit - prompt_tokens if wanted is None else wanted
+
+
+class ThreadedExaminer:
+    """Implements :class:`lora_runtime.engine.protocol.Examiner` with a reader, one adapter at a time."""
+
+    def __init__(self, reader: AdapterReader) -> None:
+        self._reader = reader
+        self._executor = ThreadPoolExecutor(1, "examine")
+
+    async def examine(self, path: str) -> AdapterInfo:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._reader.examine, path)
 
 
 class AdapterReader:

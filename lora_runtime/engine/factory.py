@@ -1,4 +1,4 @@
-"""Engines by name. Imports an engine only when it is asked for."""
+"""Engines by name, and who examines adapters for them. Imports an engine only when it is asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
-from lora_runtime.engine.protocol import Engine
+from lora_runtime.engine.protocol import Engine, Examiner
 
 KINDS = ("auto", "embedded", "vllm", "fake")
 
@@ -17,22 +17,51 @@ def create_engine(kind: str, options: Mapping[str, Any]) -> Engine:
 
     "auto" is vLLM where it is installed, else the embedded engine.
     """
+    kind, config = _configured(kind, options)
+    if kind == "vllm":
+        from lora_runtime.engine.vllm.engine import VllmEngine
+
+        return VllmEngine(config)
+    if kind == "embedded":
+        from lora_runtime.engine.embedded.engine import EmbeddedEngine
+
+        return EmbeddedEngine(config)
+    from lora_runtime.engine.fake import FakeEngine
+
+    return FakeEngine(config)
+
+
+def create_examiner(kind: str, options: Mapping[str, Any]) -> Examiner:
+    """Examines adapters as :func:`create_engine`'s engine would, without one: it needs no model in memory.
+
+    Raises ValueError likewise.
+    """
+    kind, config = _configured(kind, options)
+    if kind == "fake":
+        return create_engine(kind, options)
+    from lora_runtime.engine.entry import AdapterReader, ThreadedExaminer
+    from lora_runtime.layout import BaseLayout
+
+    layout = BaseLayout.from_config(config.base_path)
+    return ThreadedExaminer(AdapterReader(layout, config.base_path, config.max_materialised_bytes))
+
+
+def _configured(kind: str, options: Mapping[str, Any]) -> tuple[str, Any]:
+    """The kind that "auto" stands for, and that engine's own configuration. Imports no engine but the fake one."""
     if kind == "auto":
         kind = "embedded" if find_spec("vllm") is None else "vllm"
     if kind == "vllm":
         from lora_runtime.engine.vllm.config import VllmConfig
-        from lora_runtime.engine.vllm.engine import VllmEngine
 
-        return VllmEngine(VllmConfig(**_checked(kind, options, VllmConfig)))
+        return kind, VllmConfig(**_checked(kind, options, VllmConfig))
     if kind == "embedded":
         from lora_runtime.engine.embedded.config import EmbeddedConfig
-        from lora_runtime.engine.embedded.engine import EmbeddedEngine
 
-        return EmbeddedEngine(EmbeddedConfig(**_checked(kind, options, EmbeddedConfig)))
+        return kind, EmbeddedConfig(**_checked(kind, options, EmbeddedConfig))
     if kind == "fake":
-        from lora_runtime.engine.fake import FakeConfig, FakeEngine
+        from lora_runtime.engine.fake import FakeConfig
 
-        return FakeEngine(FakeConfig(**_checked(kind, options, FakeConfig)))
+        return kind, FakeConfig(**_checked(kind, options, FakeConfig))
     raise ValueError(f"There is no engine '{kind}'; choose one of {', '.join(KINDS)}.")
 
 

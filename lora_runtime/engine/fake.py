@@ -8,8 +8,6 @@ cancellation, deadlines, typed errors.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -36,7 +34,6 @@ from lora_runtime.engine.protocol import (
     Usage,
 )
 from lora_runtime.errors import (
-    AdapterMissing,
     ContextOverflow,
     DeadlineExceeded,
     EngineFault,
@@ -44,13 +41,15 @@ from lora_runtime.errors import (
     NotFound,
     Overloaded,
 )
+from lora_runtime.folder import CONFIG_NAME, fingerprint, read_json, tensors_file
 
 LABELS = ("no", "yes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FakeConfig:
-    """``token_s`` is the pause before each token. ``max_running`` more requests are refused as Overloaded.
+    """``token_s`` is the pause before each token. ``max_running`` more requests are refused as Overloaded, and so are
+    more pins than ``max_slots``.
 
     ``fail_after`` tokens the engine breaks, if the prompt says "fail"; at 0 before the first.
     """
@@ -58,6 +57,7 @@ class FakeConfig:
     token_s: float = 0.0
     max_running: int = 64
     max_model_len: int = 256
+    max_slots: int = 64
     fail_after: int = 1
 
 
@@ -69,6 +69,7 @@ class FakeEngine:
         self._running = 0
         self._counters: Counter[str] = Counter(cancelled=0, finished=0)
         self._used: dict[str, None] = {}
+        self._pinned: set[str] = set()
 
     @property
     def info(self) -> EngineInfo:
@@ -79,7 +80,7 @@ class FakeEngine:
             dtype="none",
             max_model_len=self._config.max_model_len,
             max_batch_size=limit,
-            max_slots=limit,
+            max_slots=self._config.max_slots,
         )
 
     async def start(self) -> None:
@@ -89,18 +90,15 @@ class FakeEngine:
         """Nothing to do."""
 
     async def examine(self, path: str) -> AdapterInfo:
-        """Any folder with an ``adapter_config.json`` will do; its content is its version."""
-        file = Path(path) / "adapter_config.json"
-        if not file.is_file():
-            raise AdapterMissing("There is no adapter_config.json in the adapter's folder; check the path.")
-        content = file.read_bytes()
+        """Any folder with an adapter's files will do, whatever is in them."""
+        config = read_json(Path(path) / CONFIG_NAME)
         return AdapterInfo(
-            version=hashlib.sha256(content).hexdigest(),
-            num_bytes=len(content),
+            version=fingerprint(path),
+            num_bytes=tensors_file(Path(path)).stat().st_size,
             max_rank=1,
             lora_modules=1,
             saved_modules=(),
-            heads={"score": LABELS} if json.loads(content).get("head") else {},
+            heads={"score": LABELS} if config.get("head") else {},
             touches_vision=False,
         )
 
@@ -136,11 +134,18 @@ class FakeEngine:
             usage=Usage(prompt_tokens=len(words), completion_tokens=0),
         )
 
+    async def prefetch(self, adapter: AdapterRef) -> None:
+        """There is nothing to read."""
+
     async def pin(self, adapter: AdapterRef) -> None:
+        if len(self._pinned - {adapter.version}) >= self._config.max_slots:
+            raise Overloaded("Pins hold every slot.", retry_after_s=1)
+        self._pinned.add(adapter.version)
         self._used[adapter.version] = None
 
     async def unpin(self, version: str) -> None:
-        """Nothing leaves a fake engine's slots."""
+        """Nothing leaves a fake engine's slots, but others may be pinned."""
+        self._pinned.discard(version)
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -22,7 +22,7 @@ class Patches:
     """One image as the vision tower takes it.
 
     ``pixels`` (P, channels · temporal · patch²) fp32; ``grid`` (t, h, w) in patches, P = t·h·w.
-    ``digest`` is the sha256 of the bytes it came from.
+    ``digest`` is the sha256 of the bytes it came from, and of the scope that its encoding is kept in.
     """
 
     pixels: Tensor

@@ -5,10 +5,11 @@ Text of a request never becomes a special token: where it spells one, it is toke
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ class Prepared:
 
     ``ids``: token ids, image placeholders expanded. ``positions`` (3, len(ids)): temporal, height
     and width position of each token. ``next_position``: what the first generated token takes.
-    ``images`` in order of their placeholders, each of which is ``image_token`` repeated.
+    ``images`` in order of their placeholders, each of which is ``image_token`` repeated. ``cache_scope``: as in
+    :class:`lora_runtime.engine.protocol.GenerateRequest`.
     """
 
     ids: tuple[int, ...]
@@ -34,6 +36,15 @@ class Prepared:
     next_position: int
     images: tuple[Patches, ...]
     image_token: int
+    cache_scope: str = ""
+
+    def scoped(self, cache_scope: str) -> Prepared:
+        """The same, sharing nothing that is kept of prompts and images with other scopes."""
+        if not cache_scope:
+            return self
+        salted = (hashlib.sha256(f"{cache_scope}/{image.digest}".encode()).hexdigest() for image in self.images)
+        images = tuple(replace(image, digest=digest) for image, digest in zip(self.images, salted, strict=True))
+        return replace(self, images=images, cache_scope=cache_scope)
 
 
 class PromptProcessor:

@@ -1,6 +1,6 @@
 """The contract between ``serve`` and an engine: plain frozen values, no torch, no Ray, no HTTP.
 
-Order of a call: ``examine`` an adapter once (when it is registered); then ``generate`` or
+Order of a call: ``examine`` an adapter once (when it is registered, by an Examiner or any engine); then ``generate`` or
 ``classify`` with ``AdapterRef``s. An engine loads an adapter on its own when a request names
 one it does not hold, so any replica can serve any request.
 
@@ -99,13 +99,19 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """One call. An empty ``adapters`` is the base; several are a combination (deltas add)."""
+    """One call. An empty ``adapters`` is the base; several are a combination (deltas add).
+
+    ``cache_scope``: only requests of the same one share what an engine keeps of prompts. ``trace``: the caller's
+    span, as W3C's ``traceparent``; engines pass it by.
+    """
 
     request_id: str
     prompt: Prompt
     adapters: tuple[AdapterRef, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     timeout_s: float | None = None
+    cache_scope: str = ""
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +123,8 @@ class ClassifyRequest:
     adapters: tuple[AdapterRef, ...]
     head: str | None = None
     timeout_s: float | None = None
+    cache_scope: str = ""
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +218,14 @@ class EngineStats:
     counters: Mapping[str, float]
 
 
-class Engine(Protocol):
+class Examiner(Protocol):
+    """Reads and validates adapters for a base, before any engine hears of them."""
+
+    async def examine(self, path: str) -> AdapterInfo:
+        """What is in the adapter at ``path``. Raises AdapterRejected or AdapterMissing."""
+
+
+class Engine(Examiner, Protocol):
     """One base on one device (or group), serving base, adapters and combinations in mixed batches."""
 
     @property
@@ -222,14 +237,14 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Stop; running requests end with EngineFault. Idempotent."""
 
-    async def examine(self, path: str) -> AdapterInfo:
-        """Read and validate the adapter at ``path``. Raises AdapterRejected or AdapterMissing."""
-
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         """Stream events. Raises CallerError or Overloaded before the first event, EngineFault at any time."""
 
     async def classify(self, request: ClassifyRequest) -> Classification:
         """Exact label probabilities. Raises NotFound when no adapter named carries the head."""
+
+    async def prefetch(self, adapter: AdapterRef) -> None:
+        """Read ``adapter`` into host memory where the engine keeps adapters there. Raises as reading does."""
 
     async def pin(self, adapter: AdapterRef) -> None:
         """Bring ``adapter`` (its weight does not matter) into a slot, to stay there until :meth:`unpin`.

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from lora_runtime.engine.protocol import ClassifyRequest
+from lora_runtime.engine.protocol import ClassifyRequest, GenerateRequest, Sampling
 from tests.oracle.answers import PROMPTS, oracle_answers, prepare, refs_of
 from tests.oracle.asking import answer, check_mixed_batch, close
 from tests.oracle.world import LABELS, build_world, chat, greedy, label_probabilities, picture
@@ -55,6 +55,29 @@ async def test_an_image_is_encoded_once_for_all_adapters_without_a_visual_part(e
     assert await encoded() == before + 1
     await answer(engine, prompt, (world.ref("saved_merger"),), count=1)
     assert await encoded() == before + 2
+
+
+async def test_scopes_share_nothing_that_is_kept(engine, world):
+    from lora_runtime.engine.vllm.translate import engine_input
+
+    async def ask(scope: str) -> int:
+        """Encodings made for one request."""
+        (before,) = await engine._engine.collective_rpc("loom_num_encoded")
+        request = GenerateRequest(
+            request_id="s",
+            prompt=chat("Describe it", picture(78)),
+            sampling=Sampling(max_tokens=1, temperature=0.0),
+            cache_scope=scope,
+        )
+        async for _ in engine.generate(request):
+            pass
+        (after,) = await engine._engine.collective_rpc("loom_num_encoded")
+        return after - before
+
+    assert [await ask(scope) for scope in ("", "", "one", "one", "two", "")] == [1, 0, 1, 0, 1, 0]
+    prepared = prepare(world, chat("Describe it")).scoped("one")
+    assert engine_input(prepared, engine._images, ())["cache_salt"] == "one"
+    assert "cache_salt" not in engine_input(prepare(world, chat("Describe it")), engine._images, ())
 
 
 async def test_preempted_requests_go_on_rightly(world, oracle):

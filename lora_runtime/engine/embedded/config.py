@@ -39,6 +39,11 @@ class EmbeddedConfig:
     num_threads: int | None = None
     prepack: bool = True
 
+    @property
+    def max_materialised_bytes(self) -> int:
+        """What one adapter of a method other than LoRA may make of the base."""
+        return self.host_cache_bytes
+
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_batched_tokens", "max_slots", "max_images", "max_image_pixels"):
             if getattr(self, name) < 1:

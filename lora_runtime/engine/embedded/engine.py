@@ -29,7 +29,6 @@ from lora_runtime.engine.protocol import (
     EngineInfo,
     EngineStats,
     GenerateRequest,
-    Prompt,
     Sampling,
     TokenEvent,
     summed,
@@ -59,7 +58,7 @@ class EmbeddedEngine:
         )
         self._executor = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="loom-prepare")
         self._counters: Counter[str] = Counter()
-        self._reader = AdapterReader(self._runner.layout, config.base_path, config.host_cache_bytes)
+        self._reader = AdapterReader(self._runner.layout, config.base_path, config.max_materialised_bytes)
         self._host = HostCache(self._reader, self._executor, config.host_cache_bytes, self._count_load)
         self._loop = StepLoop(
             self._runner,
@@ -106,7 +105,7 @@ class EmbeddedEngine:
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         with self._admission():
             deadline = _deadline(request.timeout_s)
-            prepared, weights = await self._prepare(request.prompt, request.adapters, deadline)
+            prepared, weights = await self._prepare(request, deadline)
             max_tokens = room_for(len(prepared.ids), request.sampling.max_tokens, self._runner.max_model_len)
             job = self._job(request.request_id, prepared, request.adapters, weights, outcomes, deadline)
             job.max_tokens = max_tokens
@@ -128,7 +127,7 @@ class EmbeddedEngine:
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         with self._admission():
             deadline = _deadline(request.timeout_s)
-            prepared, weights = await self._prepare(request.prompt, request.adapters, deadline)
+            prepared, weights = await self._prepare(request, deadline)
             room_for(len(prepared.ids), 0, self._runner.max_model_len)
             head = select_head(request.adapters, weights, request.head)
             job = self._job(request.request_id, prepared, request.adapters, weights, outcomes, deadline, head)
@@ -142,6 +141,9 @@ class EmbeddedEngine:
             raise outcome
         assert isinstance(outcome, Classification)
         return outcome
+
+    async def prefetch(self, adapter: AdapterRef) -> None:
+        await self._host.get(adapter)
 
     async def pin(self, adapter: AdapterRef) -> None:
         with self._admission():
@@ -180,20 +182,22 @@ class EmbeddedEngine:
             yield
 
     async def _prepare(
-        self, prompt: Prompt, adapters: tuple[AdapterRef, ...], deadline: float | None
+        self, request: GenerateRequest | ClassifyRequest, deadline: float | None
     ) -> tuple[Prepared, dict[str, AdapterWeights]]:
         """Tokenize and read adapters at once, off the event loop and before any slot is taken."""
-        refs = [ref for ref in adapters if ref.weight != 0]
+        refs = [ref for ref in request.adapters if ref.weight != 0]
         self._loop.slots.check_fits(ref.version for ref in refs)
         loop = asyncio.get_running_loop()
-        preparing = loop.run_in_executor(self._executor, self._prompts.prepare, prompt)
+        preparing = loop.run_in_executor(self._executor, self._prompts.prepare, request.prompt)
         try:
             async with asyncio.timeout(None if deadline is None else max(deadline - time.monotonic(), 0)):
                 reading = asyncio.gather(*(self._host.get(ref) for ref in refs))
                 prepared, weights = await asyncio.gather(preparing, reading)
         except TimeoutError as error:
             raise DeadlineExceeded("The request ran out of time while it was prepared.", retry_after_s=1) from error
-        return prepared, {ref.version: found for ref, found in zip(refs, weights, strict=True)}
+        return prepared.scoped(request.cache_scope), {
+            ref.version: found for ref, found in zip(refs, weights, strict=True)
+        }
 
     def _job(
         self,

@@ -231,6 +231,7 @@ class StepLoop:
                 self._runner.layers.clear(move.slot)
             self.slots.abandon(lease)
             raise
+        self.counters["slot_hits"] += len(lease.slots) - len(lease.moves)
         self.counters["slot_loads"] += len(lease.moves)
         self.counters["slot_evictions"] += sum(move.evicted is not None for move in lease.moves)
 

@@ -47,6 +47,11 @@ class VllmConfig:
     seed: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def max_materialised_bytes(self) -> int:
+        """What one adapter of a method other than LoRA may make of the base."""
+        return self.saved_bytes
+
     def __post_init__(self) -> None:
         if taken := sorted(OWN & set(self.extra)):
             raise ValueError(f"extra must not set {', '.join(taken)}; the engine sets it, some by settings of its own.")

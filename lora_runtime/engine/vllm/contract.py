@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_runtime.engine.routing import Router, Routing
-from lora_runtime.engine.vllm.fusion import BaseTensor, fused
+from lora_runtime.engine.vllm.fusion import fused
 from lora_runtime.engine.vllm.leaves import WrappedLeaf
 from lora_runtime.errors import EngineFault
 from lora_runtime.layout import BaseLayout
-from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule
+from lora_runtime.weights import AdapterWeights, BaseParameter, LoraFactors, SavedModule
 
 LORA_SLOT, SAVED_SLOT = 1_000_000, 1_000_001
 """Slots that no lease ever names."""
@@ -38,7 +38,7 @@ FIRST = re.compile(r"(?!.*\.(layers|blocks)\.[1-9])")
 
 @torch.inference_mode()
 def check_contract(
-    model: nn.Module, leaves: Mapping[str, WrappedLeaf], layout: BaseLayout, base: BaseTensor, router: Router
+    model: nn.Module, leaves: Mapping[str, WrappedLeaf], layout: BaseLayout, base: BaseParameter, router: Router
 ) -> int:
     """Returns how many leaves were checked. Raises EngineFault naming those that deviate.
 
@@ -77,7 +77,7 @@ def check_contract(
 
 
 def _adapters(
-    wrapped: WrappedLeaf, layout: BaseLayout, base: BaseTensor, generator: torch.Generator
+    wrapped: WrappedLeaf, layout: BaseLayout, base: BaseParameter, generator: torch.Generator
 ) -> tuple[AdapterWeights, AdapterWeights]:
     """One with LoRA on every part (none for norms), one that saves every part."""
     lora, saved = {}, {}
@@ -126,7 +126,7 @@ def _through_vllm(
 def _expected(
     wrapped: WrappedLeaf,
     layout: BaseLayout,
-    base: BaseTensor,
+    base: BaseParameter,
     lora: AdapterWeights,
     saved: AdapterWeights,
     x: Tensor,
@@ -148,7 +148,7 @@ def _expected(
 def _row(
     layout: BaseLayout,
     part: str,
-    base: BaseTensor,
+    base: BaseParameter,
     lora: AdapterWeights,
     saved: AdapterWeights,
     shares: Mapping[int, float],

@@ -29,7 +29,6 @@ from lora_runtime.engine.protocol import (
     EngineInfo,
     EngineStats,
     GenerateRequest,
-    Prompt,
     TokenEvent,
     Usage,
     summed,
@@ -63,7 +62,7 @@ class VllmEngine:
         names.check_version()
         self._config = config
         self._layout = BaseLayout.from_config(config.base_path)
-        self._reader = AdapterReader(self._layout, config.base_path, config.saved_bytes)
+        self._reader = AdapterReader(self._layout, config.base_path, config.max_materialised_bytes)
         images = ImageProcessor(config.base_path, max_pixels=config.max_image_pixels)
         self._prompts = PromptProcessor(
             config.base_path, images, max_images=config.max_images, rope_index=_no_positions
@@ -170,7 +169,7 @@ class VllmEngine:
         with self._admission():
             async with AsyncExitStack() as stack:
                 async with _until(deadline):
-                    prepared, known = await self._prepare(request.prompt, request.adapters)
+                    prepared, known = await self._prepare(request)
                     room = room_for(len(prepared.ids), request.sampling.max_tokens, self.info.max_model_len)
                     shares = summed(request.adapters)
                     slots = await stack.enter_async_context(self._residency.held(_held(request.adapters, shares)))
@@ -191,7 +190,7 @@ class VllmEngine:
                 return await self._classify(request)
 
     async def _classify(self, request: ClassifyRequest) -> Classification:
-        prepared, known = await self._prepare(request.prompt, request.adapters)
+        prepared, known = await self._prepare(request)
         room_for(len(prepared.ids), 1, self.info.max_model_len)
         head = select_head(request.adapters, known, request.head)
         shares = summed(request.adapters)
@@ -212,6 +211,9 @@ class VllmEngine:
             logits=scores,
             usage=Usage(prompt_tokens=len(prepared.ids), completion_tokens=0),
         )
+
+    async def prefetch(self, adapter: AdapterRef) -> None:
+        await self._outline(adapter)
 
     async def pin(self, adapter: AdapterRef) -> None:
         with self._admission():
@@ -321,19 +323,21 @@ class VllmEngine:
         with self._admitted.entered():
             yield
 
-    async def _prepare(
-        self, prompt: Prompt, adapters: tuple[AdapterRef, ...]
-    ) -> tuple[Prepared, dict[str, AdapterOutline]]:
+    async def _prepare(self, request: GenerateRequest | ClassifyRequest) -> tuple[Prepared, dict[str, AdapterOutline]]:
         """Tokenize, and read what is not known of the adapters, off the event loop and before any slot is taken."""
-        refs = [ref for ref in adapters if ref.weight != 0]
+        refs = [ref for ref in request.adapters if ref.weight != 0]
         self._residency.table.check_fits(ref.version for ref in refs)
-        loop = asyncio.get_running_loop()
         for ref in refs:
-            if ref.version not in self._known:
-                outline = await loop.run_in_executor(self._executor, self._reader.outline, ref.path)
-                self._known[ref.version] = outline
-        prepared = await loop.run_in_executor(self._executor, self._prompts.prepare, prompt)
-        return prepared, {ref.version: self._known[ref.version] for ref in refs}
+            await self._outline(ref)
+        loop = asyncio.get_running_loop()
+        prepared = await loop.run_in_executor(self._executor, self._prompts.prepare, request.prompt)
+        return prepared.scoped(request.cache_scope), {ref.version: self._known[ref.version] for ref in refs}
+
+    async def _outline(self, ref: AdapterRef) -> None:
+        """Know what the adapter changes."""
+        if ref.version not in self._known:
+            loop = asyncio.get_running_loop()
+            self._known[ref.version] = await loop.run_in_executor(self._executor, self._reader.outline, ref.path)
 
 
 def _no_positions(ids: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:

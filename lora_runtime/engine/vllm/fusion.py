@@ -9,7 +9,7 @@ Shape legend: R rank, I in features, O out features, V vocabulary, D embedding w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,10 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lora_runtime.engine.vllm.sharding import Shard
-from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule, TokenRows
-
-BaseTensor = Callable[[str, str], Tensor]
-"""(canonical leaf, parameter) → the base's own tensor."""
+from lora_runtime.weights import AdapterWeights, BaseParameter, LoraFactors, SavedModule, TokenRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +62,7 @@ class LeafParts:
         return replace(self, saved=SavedModule(parameters=parameters))
 
 
-def fused(weights: AdapterWeights, leaf: FusedLeaf, base: BaseTensor) -> LeafParts:
+def fused(weights: AdapterWeights, leaf: FusedLeaf, base: BaseParameter) -> LeafParts:
     """The parts of ``weights`` for ``leaf``. ``base`` is asked only where a leaf is saved in part."""
     held = list(zip(leaf.parts, leaf.shards, strict=True))
     rows = [shard.token_rows(weights.token_rows[name]) for name, shard in held if name in weights.token_rows]
@@ -101,7 +98,7 @@ def _fused_lora(members: Sequence[LoraFactors | None], leaf: FusedLeaf) -> LoraF
     return LoraFactors(a=torch.cat([member.a for member in present]), b=b, scaling=1.0, bias=bias)
 
 
-def _fused_saved(members: Sequence[SavedModule | None], leaf: FusedLeaf, base: BaseTensor) -> SavedModule | None:
+def _fused_saved(members: Sequence[SavedModule | None], leaf: FusedLeaf, base: BaseParameter) -> SavedModule | None:
     named = sorted({name for member in members if member is not None for name in member.parameters})
     if not named:
         return None

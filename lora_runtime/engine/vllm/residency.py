@@ -103,6 +103,7 @@ class Residency:
             # table calls resident is filled or being filled, always.
             for move in lease.moves:
                 self._start(move, waiter.refs[move.version])
+            self.counters["slot_hits"] += len(lease.slots) - len(lease.moves)
             waiter.lease.set_result(lease)
         self._waiting.extend(blocked)
 

@@ -38,8 +38,9 @@ def engine_input(prepared: Prepared, images: ImageProcessor, visual: tuple[tuple
 
     ``visual``: what an image's encoding depends on beside the image; vLLM keeps encodings under both.
     """
+    salt = prepared.cache_scope or None
     if not prepared.images:
-        return names.tokens_input(list(prepared.ids))
+        return names.tokens_input(list(prepared.ids), cache_salt=salt)
     grids = torch.tensor([image.grid for image in prepared.images])
     features = BatchFeature(
         {"pixel_values": torch.cat([image.pixels for image in prepared.images]), "image_grid_thw": grids}
@@ -54,6 +55,7 @@ def engine_input(prepared: Prepared, images: ImageProcessor, visual: tuple[tuple
         names.MultiModalKwargsItems.from_hf_inputs(features, fields),
         {"image": [f"{identity}:{image.digest}" for image in prepared.images]},
         {"image": list(_placeholders(prepared, images))},
+        cache_salt=salt,
     )
 
 
