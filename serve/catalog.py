@@ -1,6 +1,6 @@
-"""A gateway's view of the registry: a snapshot in memory, renewed when the registry's revision moves.
+"""A gateway's view of the adapters: a snapshot in memory, and the only way to change them.
 
-Requests read the snapshot and never the database. If the database goes away, the last snapshot serves on.
+Requests read the snapshot and never the database.
 """
 
 from __future__ import annotations
@@ -8,39 +8,37 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
-from lora_runtime.engine.protocol import AdapterInfo
+from lora_runtime.engine.protocol import AdapterInfo, AdapterRef
 from lora_runtime.errors import InvalidRequest, LoomError, NotFound
+from lora_runtime.store.protocol import Store
 from serve.engine_client import EngineClient
+from serve.follower import Follower
+from serve.intake import Admitted, Source
 from serve.registry.records import AdapterRecord, AuditRecord
 from serve.registry.repository import Repository
 from serve.targets import ALIAS, NAME, Registered
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.5
-ACTOR = "http"
-"""Who the audit says made a change; requests have no identity yet."""
-
 
 class Catalog:
-    """Adapters by name, and the only way to change them. Used from one event loop."""
+    """Adapters by name. Used from one event loop. ``actor`` is who the audit says made a change."""
 
     def __init__(
-        self, repository: Repository, engines: EngineClient, *, base_name: str, roots: tuple[Path, ...]
+        self, repository: Repository, engines: EngineClient, store: Store, follower: Follower, *, base_name: str
     ) -> None:
         self._repository = repository
+        self._follower = follower
         self._engines = engines
+        self._store = store
         self._base_name = base_name
-        self._roots = tuple(root.expanduser().resolve() for root in roots)
         self._records: Mapping[str, AdapterRecord] = MappingProxyType({})
         self._registered: Mapping[str, Registered] = MappingProxyType({})
-        self._revision = -1
-        self._poller: asyncio.Task[None] | None = None
+        follower.add(self._reload)
 
     @property
     def records(self) -> Mapping[str, AdapterRecord]:
@@ -50,117 +48,125 @@ class Catalog:
     def registered(self) -> Mapping[str, Registered]:
         return self._registered
 
-    async def start(self, preload: Mapping[str, Path]) -> None:
-        """Register what the configuration names, then follow the registry."""
-        await self.refresh()
+    def adapter(self, name: str) -> AdapterRecord:
+        """Raises NotFound."""
+        found = self._records.get(name)
+        if found is None:
+            raise NotFound(f"There is no adapter '{name[:128]}'.", near=[])
+        return found
+
+    def exact(self, name: str, version: str) -> str:
+        """The version of an adapter that an alias or the beginning of one means. Raises NotFound."""
+        return self._registered[self.adapter(name).name].version(version)
+
+    async def preload(self, preload: Mapping[str, Path]) -> None:
+        """Register what the configuration names."""
         for name, path in preload.items():
             try:
                 await self._preload(name, path.expanduser().resolve())
             except LoomError as error:
                 # One broken adapter must not keep the base and the others from being served.
                 log.error("preloading adapter %s failed: %s", name, error)
-        await self.refresh()
-        self._poller = asyncio.create_task(self._poll())
+        await self._follower.refresh()
 
-    async def stop(self) -> None:
-        if self._poller is not None:
-            self._poller.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._poller
-        self._repository.close()
-
-    async def register(self, name: str, path: str, *, activate: bool = True) -> tuple[AdapterRecord, bool]:
-        """Examine the adapter at ``path`` on an engine, then register it; returns it and whether its content is new.
+    async def register(
+        self, name: str, source: Source, *, actor: str, activate: bool = True
+    ) -> tuple[AdapterRecord, bool]:
+        """Have an engine take the adapter into the store, then register it; returns it and whether its content is new.
 
         Other content than before is a further version, and what the bare name means unless ``activate`` is false.
-        Raises InvalidRequest for a bad name or a path outside the allowed folders, AdapterRejected or
-        AdapterMissing for what the examination finds.
+        Raises InvalidRequest for a bad name, and what ``Intake.admit`` raises.
         """
         self._check_name(name)
-        folder = self._confined(path)
-        info = await self._engines.examine(str(folder))
-        found = await asyncio.to_thread(
-            self._repository.add, name, info.version, str(folder), _jsonable(info), activate=activate, actor=ACTOR
-        )
-        await self.refresh()
+        admitted = await self._engines.admit(source)
+        if activate and name in self._records:
+            # Requests are coming for this name; those of a new one are yet to come.
+            ref = AdapterRef(version=admitted.info.version, path=admitted.location, name=name)
+            await self._engines.prefetch(ref)
+        found = await self._add(name, source, admitted, activate=activate, actor=actor)
+        await self._follower.refresh()
         return found
 
-    async def set_alias(self, name: str, alias: str, version: str) -> AdapterRecord:
-        """Let ``alias`` mean ``version`` (an alias, or the beginning of a version). Requests that run end as they
-        began. Raises InvalidRequest for a name that cannot be an alias's, NotFound."""
+    async def set_alias(
+        self, name: str, alias: str, version: str, *, pinned: bool | None = None, actor: str
+    ) -> AdapterRecord:
+        """Let ``alias`` mean ``version`` (an alias, or the beginning of a version), after engines were told to have
+        it at hand; ``pinned`` as the repository takes it. Requests that run end as they began.
+
+        Raises InvalidRequest for a name that cannot be an alias's, NotFound."""
         if not ALIAS.fullmatch(alias):
             raise InvalidRequest(
                 f"'{alias[:64]}' cannot be an alias: use letters, digits, '.', '_' and '-', at most 64, and not only "
                 "hexadecimal digits, which would read like a version.",
                 param="alias",
             )
-        await self.refresh()
-        exact = self._known(name).version(version)
-        record = await asyncio.to_thread(self._repository.set_alias, name, alias, exact, actor=ACTOR)
-        await self.refresh()
+        await self._follower.refresh()
+        exact = self.exact(name, version)
+        path = self._registered[name].versions[exact]
+        await self._engines.prefetch(AdapterRef(version=exact, path=path, name=name))
+        record = await asyncio.to_thread(self._repository.set_alias, name, alias, exact, pinned=pinned, actor=actor)
+        await self._follower.refresh()
         return record
 
-    async def remove(self, name: str) -> None:
+    async def remove(self, name: str, *, actor: str) -> None:
         """Forget an adapter. Requests that already run with it end as they began. Raises NotFound."""
-        await asyncio.to_thread(self._repository.remove, name, actor=ACTOR)
-        await self.refresh()
+        await asyncio.to_thread(self._repository.remove, name, actor=actor)
+        await self._follower.refresh()
 
-    async def remove_alias(self, name: str, alias: str) -> None:
+    async def remove_alias(self, name: str, alias: str, *, actor: str) -> None:
         """Forget an alias. Raises NotFound, or Conflict for the one that the bare name means."""
-        await asyncio.to_thread(self._repository.remove_alias, name, alias, actor=ACTOR)
-        await self.refresh()
+        await asyncio.to_thread(self._repository.remove_alias, name, alias, actor=actor)
+        await self._follower.refresh()
 
-    async def remove_version(self, name: str, version: str) -> str:
+    async def remove_version(self, name: str, version: str, *, actor: str) -> str:
         """Forget a version; returns it whole. Raises NotFound, or Conflict while an alias names it."""
-        await self.refresh()
-        exact = self._known(name).version(version)
-        await asyncio.to_thread(self._repository.remove_version, name, exact, actor=ACTOR)
-        await self.refresh()
+        await self._follower.refresh()
+        exact = self.exact(name, version)
+        await asyncio.to_thread(self._repository.remove_version, name, exact, actor=actor)
+        await self._follower.refresh()
         return exact
 
     async def audit(self, *, limit: int, before: int | None) -> list[AuditRecord]:
         """Changes of the registry, newest first."""
         return await asyncio.to_thread(self._repository.audit, limit=limit, before=before)
 
-    async def refresh(self) -> None:
-        """Read the registry if its revision moved."""
-        revision = await asyncio.to_thread(self._repository.revision)
-        if revision != self._revision:
-            records = await asyncio.to_thread(self._repository.adapters)
-            self._records = MappingProxyType({record.name: record for record in records})
-            self._registered = MappingProxyType({record.name: _registered(record) for record in records})
-            self._revision = revision
+    def _reload(self) -> None:
+        known, registered = self._records, self._registered
+        records = self._repository.adapters(known)
+        self._registered = MappingProxyType(
+            {
+                name: registered[name] if known.get(name) is record else _registered(record)
+                for name, record in records.items()
+            }
+        )
+        self._records = MappingProxyType(records)
 
     async def _preload(self, name: str, folder: Path) -> None:
         self._check_name(name)
-        info = await self._engines.examine(str(folder))
+        source = Source(address=str(folder))
+        admitted = await self._engines.admit(source)
         known = self._records.get(name)
-        paths = {} if known is None else {version.id: version.path for version in known.versions}
-        if paths.get(info.version) != str(folder):
+        locations = {} if known is None else {version.id: version.path for version in known.versions}
+        version = admitted.info.version
+        if locations.get(version) != admitted.location:
             # Content that was there before is not put in front again: an alias may have been moved since.
-            await asyncio.to_thread(
-                self._repository.add,
-                name,
-                info.version,
-                str(folder),
-                _jsonable(info),
-                activate=info.version not in paths,
-                actor="configuration",
-            )
+            await self._add(name, source, admitted, activate=version not in locations, actor="configuration")
 
-    async def _poll(self) -> None:
-        while True:
-            await asyncio.sleep(POLL_S)
-            try:
-                await self.refresh()
-            except Exception as error:  # any database trouble: serve on with what is known
-                log.warning("the registry cannot be read, serving the last snapshot: %s", type(error).__name__)
-
-    def _known(self, name: str) -> Registered:
-        found = self._registered.get(name)
-        if found is None:
-            raise NotFound(f"There is no adapter '{name[:128]}'.", near=[])
-        return found
+    async def _add(
+        self, name: str, source: Source, admitted: Admitted, *, activate: bool, actor: str
+    ) -> tuple[AdapterRecord, bool]:
+        version = admitted.info.version
+        return await asyncio.to_thread(
+            self._repository.add,
+            name,
+            version,
+            admitted.location,
+            _jsonable(admitted.info),
+            source=source.address or "upload",
+            activate=activate,
+            actor=actor,
+            is_there=lambda: self._store.holds(version),
+        )
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name) or name == self._base_name:
@@ -169,19 +175,6 @@ class Catalog:
                 "beginning with a letter or digit, and not the base's name.",
                 param="name",
             )
-
-    def _confined(self, path: str) -> Path:
-        if "\0" in path:
-            raise InvalidRequest("The path holds a NUL character.", param="path")
-        try:
-            folder = Path(path).expanduser().resolve()
-        except (OSError, RuntimeError) as error:
-            raise InvalidRequest("The path cannot be resolved.", param="path") from error
-        if not any(folder.is_relative_to(root) for root in self._roots):
-            raise InvalidRequest(
-                "The path is outside the folders that adapters may lie in (setting adapters.roots).", param="path"
-            )
-        return folder
 
 
 def _registered(record: AdapterRecord) -> Registered:

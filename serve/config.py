@@ -1,6 +1,6 @@
 """One configuration, from a YAML file and the environment (``LOOM_SERVER__PORT=8080``), checked at the door.
 
-The environment wins over the file. It is read here and nowhere else.
+The environment wins over the file. It is read here, and for the options of the command line in ``cli.py``.
 """
 
 from __future__ import annotations
@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from lora_runtime.store.sources import SCHEMES
 from lora_runtime.zoo import paths as zoo
 
 
@@ -24,12 +34,36 @@ class _Section(BaseModel):
 
 
 class ServerSettings(_Section):
-    """Where HTTP listens, and what it lets in."""
+    """Where HTTP listens, and what it lets in. ``tls_certificate`` and ``tls_key``: PEM files; both or none."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     max_body_bytes: PositiveInt = 32 << 20
+    max_header_bytes: PositiveInt = 32 << 10
     request_timeout_s: PositiveFloat = 300.0
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> ServerSettings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
+        return self
+
+    @property
+    def scheme(self) -> str:
+        return "http" if self.tls_key is None else "https"
+
+
+class ImageSettings(_Section):
+    """Whether images that requests name by URL are fetched, and from where: public hosts, over https unless
+    ``allow_http``, those that ``hosts`` names (``*.example.com``) if it names any."""
+
+    fetch: bool = False
+    allow_http: bool = False
+    hosts: tuple[str, ...] = ()
+    max_bytes: PositiveInt = 16 << 20
+    timeout_s: PositiveFloat = 10.0
 
 
 class CheckpointSettings(_Section):
@@ -68,6 +102,14 @@ class DeploymentSettings(_Section):
     graceful_shutdown_timeout_s: float = Field(default=60.0, ge=0)
 
 
+class EngineDeploymentSettings(DeploymentSettings):
+    """Beyond what runs at once, up to ``max_waiting`` requests wait in each replica, where adapters take turns; so
+    ``max_ongoing_requests``, at which Ray itself keeps them back in order of arrival, is larger."""
+
+    max_ongoing_requests: PositiveInt = 512
+    max_waiting: int = Field(default=128, ge=0)
+
+
 class GatewaySettings(DeploymentSettings):
     """Gateways are light, and hold every request while its engine works."""
 
@@ -76,17 +118,76 @@ class GatewaySettings(DeploymentSettings):
     max_queued_requests: int = Field(default=-1, ge=-1)
 
 
+class IntakeSettings(DeploymentSettings):
+    """Who examines adapters and puts them in the store."""
+
+    num_cpus: float = Field(default=0.1, ge=0)
+
+
 class RegistrySettings(_Section):
     """The database of adapters; None is SQLite in ``state_dir``."""
 
     url: str | None = None
 
 
+class AuthSettings(_Section):
+    """Whether every request under ``/v1/`` needs an API key (``loom keys create`` makes them).
+
+    ``rates``: where keys' requests a minute are counted: in each gateway, or for all together in ``redis://host``.
+    ``isolate_caches``: prompts and images that engines keep are found again by requests of the same key only.
+    """
+
+    required: bool = False
+    isolate_caches: bool = False
+    rates: str = Field(default="memory://", pattern=r"^(memory://|rediss?://.+)$")
+
+
+class StoreSettings(_Section):
+    """Where adapters' content lies: a folder that every node mounts, or a bucket (``s3://bucket/loom``); None is a
+    folder in ``state_dir``. ``options``: of the bucket's file system, as fsspec takes them.
+
+    ``copies``, up to ``copies_bytes``: a bucket's versions on each node. What nobody names is collected every
+    ``collect_every_s`` (0: never) once it is garbage for ``grace_s``.
+    """
+
+    url: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    copies: Path | None = None
+    copies_bytes: PositiveInt = 50 << 30
+    collect_every_s: float = Field(default=3600.0, ge=0)
+    grace_s: PositiveFloat = 3600.0
+
+
 class AdapterSettings(_Section):
-    """``roots``: folders that registered adapters may lie in. ``preload``: name → folder, registered at start."""
+    """``roots``: folders, and ``sources``: addresses (``s3://bucket/adapters``, ``hf://org``), that adapters may be
+    registered from; ``source_options``: of their file systems, by scheme.
+
+    ``preload``: name → folder, registered at start. ``max_bytes`` of one adapter may be taken in.
+    """
 
     roots: tuple[Path, ...] = (zoo.ZOO,)
+    sources: tuple[str, ...] = ()
+    source_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     preload: dict[str, Path] = Field(default_factory=lambda: dict(zoo.ADAPTERS))
+    max_bytes: PositiveInt = 8 << 30
+
+    @field_validator("sources")
+    @classmethod
+    def _of_known_schemes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            if address.partition("://")[0] not in SCHEMES:
+                raise ValueError(f"'{address}' must begin with one of {', '.join(sorted(SCHEMES))} and '://'")
+        return value
+
+
+class TelemetrySettings(_Section):
+    """``otlp_endpoint``: a collector's address for traces (``http://collector:4318/v1/traces``), ``trace_share`` of
+    requests are traced. ``adapter_labels``: adapters that metrics name; further ones are counted as "other"."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    otlp_endpoint: str | None = None
+    trace_share: float = Field(default=1.0, ge=0, le=1)
+    adapter_labels: int = Field(default=100, ge=0)
 
 
 class Settings(BaseSettings):
@@ -95,12 +196,17 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="LOOM_", env_nested_delimiter="__", extra="forbid", frozen=True)
 
     server: ServerSettings = ServerSettings()
+    images: ImageSettings = ImageSettings()
     base: CheckpointSettings = CheckpointSettings()
     engine: EngineSettings = EngineSettings()
     gateways: GatewaySettings = GatewaySettings()
-    engines: DeploymentSettings = DeploymentSettings()
+    engines: EngineDeploymentSettings = EngineDeploymentSettings()
+    intake: IntakeSettings = IntakeSettings()
     registry: RegistrySettings = RegistrySettings()
+    auth: AuthSettings = AuthSettings()
+    store: StoreSettings = StoreSettings()
     adapters: AdapterSettings = AdapterSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     state_dir: Path = Path(".loom")
 
     @field_validator("state_dir")
@@ -111,6 +217,28 @@ class Settings(BaseSettings):
     @property
     def registry_url(self) -> str:
         return self.registry.url or f"sqlite:///{self.state_dir / 'registry.db'}"
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """Of the configured engine, with the base's checkpoint where nothing else is said."""
+        options = dict(self.engine.options)
+        if self.engine.kind != "fake":
+            options.setdefault("base_path", str(self.base.path.expanduser().absolute()))
+        return options
+
+    @property
+    def store_url(self) -> str:
+        return self.store.url or str(self.state_dir / "store")
+
+    @property
+    def copies_folder(self) -> Path:
+        return self.store.copies or self.state_dir / "copies"
+
+    @model_validator(mode="after")
+    def _grace_outlives_requests(self) -> Settings:
+        if self.store.grace_s < 2 * self.server.request_timeout_s:
+            raise ValueError("store.grace_s must be at least twice server.request_timeout_s")
+        return self
 
     @classmethod
     def settings_customise_sources(

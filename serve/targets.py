@@ -17,12 +17,11 @@ from dataclasses import dataclass
 
 from lora_runtime.engine.protocol import AdapterRef
 from lora_runtime.errors import InvalidCombination, InvalidRequest, NotFound
+from serve.registry.records import SHOWN
 
 MAX_MEMBERS = 16
 MAX_WEIGHT = 1e4
 MAX_LENGTH = 2048
-SHOWN = 12
-"""Characters of a version in messages."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ALIAS = re.compile(r"(?![0-9a-fA-F]+$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """No alias reads like the beginning of a version."""

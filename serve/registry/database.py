@@ -1,4 +1,7 @@
-"""One database behind a URL: SQLite or PostgreSQL, migrated to the newest tables before its first use."""
+"""One database behind a URL: SQLite or PostgreSQL, migrated to the newest tables before its first use.
+
+Calls block; the gateway makes them off its event loop. Safe for several processes at once.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,72 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, update
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
+
+from lora_runtime.errors import LoomError
+from serve.registry.tables import RevisionRow
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_S = 10
+REVISION = "revision"
+"""Where a changing session tells the revision that it makes."""
 _LOCK = 0x4C6F6F6D
 """PostgreSQL's advisory lock for migrations: only one process migrates at a time."""
+
+
+class RegistryUnavailable(LoomError):
+    """The database cannot be reached, or is busy for too long; what was to be changed was not."""
+
+
+class Database:
+    """The registry's database, and the transactions that are made in it."""
+
+    def __init__(self, url: str) -> None:
+        """Connects, and brings the tables up to date."""
+        self._engine = connect(url)
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A transaction that changes nothing. Raises RegistryUnavailable, as all of these do."""
+        with _translated(), Session(self._engine) as session:
+            yield session
+
+    @contextmanager
+    def changing(self) -> Iterator[Session]:
+        """A transaction that moves the revision, alone among its like; nothing is kept if it fails."""
+        with self._locked(RevisionRow.number + 1) as session:
+            yield session
+
+    @contextmanager
+    def alone(self) -> Iterator[Session]:
+        """As :meth:`changing`, for what readers of the revision need not know of."""
+        with self._locked(RevisionRow.number) as session:
+            yield session
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _locked(self, revision: Any) -> Iterator[Session]:
+        with _translated(), Session(self._engine) as session:
+            # The revision first: the row's lock puts writers in line before they read anything.
+            moved = update(RevisionRow).where(RevisionRow.id == 1).values(number=revision)
+            session.info[REVISION] = session.execute(moved.returning(RevisionRow.number)).scalar_one()
+            yield session
+            session.commit()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError, InternalError, PoolTimeout) as error:
+        message = "The registry's database cannot be reached now; nothing was changed. Try again shortly."
+        raise RegistryUnavailable(message, retry_after_s=2) from error
 
 
 def connect(url: str) -> Engine:

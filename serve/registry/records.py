@@ -7,30 +7,38 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+SHOWN = 12
+"""Characters of a version that people are shown."""
 LATEST = "latest"
 """The alias that the bare name means: what was registered last, unless that was asked not to be served yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionRecord:
-    """Content registered under an adapter's name. ``number`` counts from 1; ``id`` is its fingerprint."""
+    """Content registered under an adapter's name. ``number`` counts from 1; ``id`` is its fingerprint.
+
+    ``path``: where the store has it, a folder or a URI. ``source``: where it came from, as its registration said.
+    """
 
     adapter: str
     id: str
     number: int
     path: str
+    source: str
     created_at: datetime
     info: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRecord:
-    """An adapter: its versions by number, and which of them each alias names."""
+    """An adapter: its versions by number, which of them each alias names, and which aliases engines keep in a slot."""
 
     name: str
     created_at: datetime
     versions: tuple[VersionRecord, ...]
     aliases: Mapping[str, str]
+    pinned: frozenset[str] = frozenset()
+    revision: int = 0
 
     @property
     def latest(self) -> VersionRecord:

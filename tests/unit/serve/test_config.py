@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from serve.config import ConfigurationError, load_settings
+from serve.config import ConfigurationError, DeploymentSettings, Settings, load_settings
 
 
 def test_the_defaults_serve_the_demo():
@@ -52,3 +53,23 @@ def test_what_is_wrong_is_named(tmp_path: Path, content, words):
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(ConfigurationError, match="cannot be read"):
         load_settings(tmp_path / "none.yaml")
+
+
+CHOSEN = {
+    *("server.host", "auth.required", "base.name", "base.path", "store.url", "adapters.roots", "adapters.preload"),
+    *("engine.options", "gateways.num_cpus", "engines.num_cpus", "engines.num_gpus"),
+}
+"""Where deploy/loom.yaml differs from the defaults on purpose."""
+
+
+def test_the_deployed_configuration_names_every_setting():
+    """And what it does not choose is the default."""
+    file = Path(__file__).parents[3] / "deploy" / "loom.yaml"
+    written, loaded, defaults = yaml.safe_load(file.read_text()), load_settings(file), load_settings()
+    for section in set(Settings.model_fields) - {"state_dir"}:
+        values = getattr(loaded, section)
+        if not isinstance(values, DeploymentSettings):
+            assert set(written[section]) == set(type(values).model_fields) - {"source_options"}, section
+        for name in written[section]:
+            if f"{section}.{name}" not in CHOSEN:
+                assert getattr(values, name) == getattr(getattr(defaults, section), name), f"{section}.{name}"

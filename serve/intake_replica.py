@@ -1,0 +1,25 @@
+"""The intake as a Ray Serve deployment holds it: a process of its own, since examining would slow an engine's steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_runtime.engine.factory import create_examiner
+from serve.config import Settings
+from serve.intake import Admitted, Intake, Source
+from serve.logs import configure
+from serve.storage import copies_of, sources_of, store_of
+
+
+class IntakeReplica:
+    """Takes adapters in for all engines. Plain class here, Ray's coat in ``app.py``."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        """``settings``: :class:`serve.config.Settings`, dumped."""
+        checked = Settings.model_validate(settings)
+        configure(checked.telemetry.log_level)
+        examiner = create_examiner(checked.engine.kind, checked.engine_options)
+        self._intake = Intake(store_of(checked), sources_of(checked), copies_of(checked), examiner)
+
+    async def admit(self, source: Source) -> Admitted:
+        return await self._intake.admit(source)
