@@ -10,12 +10,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from ray import serve as ray_serve
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from serve.config import DeploymentSettings, Settings, load_settings
 
 APP_NAME = "loom"
+ROUTER: dict[str, Any] = {"request_router_class": "serve.routing:AdapterRouter"}
 ENGINE_HEALTH_PERIOD_S = 5
 STREAM_DRAIN_WAIT_S = 1
 
@@ -33,36 +34,16 @@ class AppArguments(BaseModel):
 class Gateway:
     """One gateway replica; stateless but for a snapshot of the registry."""
 
-    def __init__(self, settings: dict[str, Any], engines: DeploymentHandle[Any]) -> None:
+    def __init__(self, settings: dict[str, Any], engines: DeploymentHandle[Any], intake: DeploymentHandle[Any]) -> None:
         self._settings = Settings.model_validate(settings)
         self._engines = engines
+        self._intake = intake
 
     def __serve_build_asgi_app__(self) -> Any:
-        from serve.catalog import Catalog
+        from serve.assembly import gateway_app
         from serve.engine_client import HandleClient
-        from serve.gateway.app import create_app
-        from serve.gateway.generation import Services
-        from serve.registry.repository import Repository
-        from serve.telemetry import Metrics
 
-        settings = self._settings
-        client = HandleClient(self._engines)
-        catalog = Catalog(
-            Repository(settings.registry_url), client, base_name=settings.base.name, roots=settings.adapters.roots
-        )
-        services = Services(
-            catalog=catalog,
-            engines=client,
-            metrics=Metrics(),
-            base_name=settings.base.name,
-            timeout_s=settings.server.request_timeout_s,
-        )
-        return create_app(
-            services,
-            max_body_bytes=settings.server.max_body_bytes,
-            preload=settings.adapters.preload,
-            behind_proxy=True,
-        )
+        return gateway_app(self._settings, HandleClient(self._engines, self._intake))
 
 
 def build_app(arguments: AppArguments) -> Any:
@@ -71,21 +52,21 @@ def build_app(arguments: AppArguments) -> Any:
 
 
 def application(settings: Settings) -> Any:
-    """Gateway and engines, bound."""
+    """Gateway, engines and intake, bound."""
+    from serve.intake_replica import IntakeReplica
     from serve.replica import EngineReplica
 
-    options = dict(settings.engine.options)
-    if settings.engine.kind != "fake":
-        options.setdefault("base_path", str(settings.base.path.expanduser().absolute()))
     engines: Any = ray_serve.deployment(
         EngineReplica,
         name="Engine",
         health_check_period_s=ENGINE_HEALTH_PERIOD_S,
+        request_router_config=RequestRouterConfig(**ROUTER),
         **_deployment_options(settings.engines),
     )
     gateways: Any = ray_serve.deployment(Gateway, name="Gateway", **_deployment_options(settings.gateways))
-    bound = engines.bind(settings.engine.kind, options)
-    return gateways.bind(settings.model_dump(mode="json"), bound)
+    dumped = settings.model_dump(mode="json")
+    intake: Any = ray_serve.deployment(IntakeReplica, name="Intake", **_deployment_options(settings.intake))
+    return gateways.bind(dumped, engines.bind(dumped), intake.bind(dumped))
 
 
 def _deployment_options(settings: DeploymentSettings) -> dict[str, Any]:

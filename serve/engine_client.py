@@ -6,6 +6,7 @@ Everything that Ray may raise is translated here, at one door.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from lora_runtime.engine.protocol import (
-    AdapterInfo,
+    AdapterRef,
     Classification,
     ClassifyRequest,
     EngineInfo,
@@ -22,7 +23,13 @@ from lora_runtime.engine.protocol import (
     TokenEvent,
 )
 from lora_runtime.errors import EngineFault, LoomError, Overloaded
+from serve.intake import Admitted, Source
+from serve.ray_internals import by_itself
 
+log = logging.getLogger(__name__)
+
+PREFETCH_S = 30.0
+STATS_S = 5.0
 Events = list[TokenEvent]
 """Events that became available together."""
 
@@ -32,28 +39,33 @@ class EngineUnavailable(EngineFault):
 
 
 class EngineClient(Protocol):
-    """Engines as the gateway sees them. Every method raises LoomErrors only."""
+    """Engines, and the intake of adapters, as the gateway sees them. Every method raises LoomErrors only."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Events]: ...
 
     async def classify(self, request: ClassifyRequest) -> Classification: ...
 
-    async def examine(self, path: str) -> AdapterInfo: ...
+    async def admit(self, source: Source) -> Admitted: ...
+
+    async def prefetch(self, adapter: AdapterRef) -> None:
+        """Have every engine bring ``adapter`` near; what fails or takes long is left to the requests that need it."""
 
     async def info(self) -> EngineInfo: ...
 
-    async def stats(self) -> EngineStats: ...
+    async def stats(self) -> list[EngineStats]:
+        """Of every replica that answers."""
 
 
 class HandleClient:
-    """Engines behind a Ray Serve deployment handle."""
+    """Engines and the intake behind their Ray Serve deployment handles."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        self._streaming = handle.options(stream=True)
+    def __init__(self, engines: Any, intake: Any) -> None:
+        self._engines = engines
+        self._streaming = engines.options(stream=True)
+        self._intake = intake
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Events]:
-        response = self._streaming.generate.remote(request)
+        response = by_itself(lambda: self._streaming.generate.remote(request))
         is_done = False
         try:
             async for events in response:
@@ -67,20 +79,36 @@ class HandleClient:
                 response.cancel()
 
     async def classify(self, request: ClassifyRequest) -> Classification:
-        return await self._call("classify", request)
+        return await self._call(self._engines.classify, request)
 
-    async def examine(self, path: str) -> AdapterInfo:
-        return await self._call("examine", path)
+    async def admit(self, source: Source) -> Admitted:
+        return await self._call(self._intake.admit, source)
+
+    async def prefetch(self, adapter: AdapterRef) -> None:
+        try:
+            await self._engines.broadcast("prefetch", adapter).results_async(
+                timeout_s=PREFETCH_S, return_exceptions=True
+            )
+        except (RayError, RayServeException, TimeoutError) as error:
+            log.warning("%s was not prefetched everywhere: %s", adapter.name, type(error).__name__)
 
     async def info(self) -> EngineInfo:
-        return await self._call("info")
+        return await self._call(self._engines.info)
 
-    async def stats(self) -> EngineStats:
-        return await self._call("stats")
-
-    async def _call(self, method: str, *arguments: Any) -> Any:
+    async def stats(self) -> list[EngineStats]:
         try:
-            return await getattr(self._handle, method).remote(*arguments)
+            found = await self._engines.broadcast("stats").results_async(timeout_s=STATS_S, return_exceptions=True)
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise translated(error) from error
+        return [stats for stats in found if isinstance(stats, EngineStats)]
+
+    async def _call(self, method: Any, *arguments: Any) -> Any:
+        response = by_itself(lambda: method.remote(*arguments))
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
         except (RayError, RayServeException, LoomError) as error:
             raise translated(error) from error
 

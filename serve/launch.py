@@ -7,13 +7,16 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import ray
 from ray import serve as ray_serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 
 from serve.app import APP_NAME, application
 from serve.config import Settings
@@ -33,7 +36,7 @@ def running(settings: Settings, *, address: str | None = None) -> Iterator[str]:
     _prepare_environment()
     local: dict[str, Any] = {"num_cpus": max(4, os.cpu_count() or 1), "object_store_memory": OBJECT_STORE_BYTES}
     ray.init(
-        address=address,
+        address=address or "local",  # without it, Ray would join whatever else runs on this machine
         include_dashboard=False if address is None else None,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -47,13 +50,29 @@ def running(settings: Settings, *, address: str | None = None) -> Iterator[str]:
                 host=settings.server.host,
                 port=settings.server.port,
                 request_timeout_s=settings.server.request_timeout_s,
+                ssl_certfile=_text(settings.server.tls_certificate),
+                ssl_keyfile=_text(settings.server.tls_key),
             ),
         )
         ray_serve.run(application(settings), name=APP_NAME, route_prefix="/", blocking=False)
-        yield f"http://{settings.server.host}:{settings.server.port}"
+        yield f"{settings.server.scheme}://{settings.server.host}:{settings.server.port}"
     finally:
+        _drain()
         ray_serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
+
+
+def _drain() -> None:
+    """Let what runs end: replicas take nothing new and wait for it, each up to its ``graceful_shutdown_timeout_s``.
+
+    Shutting Serve down at once would take the proxies first, and with them every stream.
+    """
+    with suppress(RayServeException, RayError):  # Serve or Ray is gone already, or the application never came
+        ray_serve.delete(APP_NAME)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path.expanduser().absolute())
 
 
 def wait_for_signal() -> None:
@@ -74,5 +93,7 @@ def _prepare_environment() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # On a busy machine a proxy takes longer to start than Ray's default of 5 s allows.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     # Requests carry images; Ray's default of 4 MB for messages between replicas is too small for them.
     os.environ.setdefault("RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH", str(MESSAGE_BYTES))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, suppress
-from typing import Any
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from opentelemetry.trace import Span, StatusCode
 
 from lora_runtime.engine.factory import create_engine
 from lora_runtime.engine.protocol import (
-    AdapterInfo,
+    AdapterRef,
     Classification,
     ClassifyRequest,
     EngineInfo,
@@ -17,39 +22,127 @@ from lora_runtime.engine.protocol import (
     GenerateRequest,
     TokenEvent,
 )
+from lora_runtime.errors import DeadlineExceeded, LoomError
+from lora_runtime.store.factory import local_path
+from serve.background import ended
+from serve.config import Settings
+from serve.fairness import FairQueue
+from serve.logs import REQUEST_ID, configure
+from serve.pins import PinFollower
+from serve.ray_internals import tell_routers
+from serve.storage import copies_of
+from serve.tracing import Tracing
+from serve.warmth import Warmth
+
+SWITCH_S = 0.0005
+MORE_INSIDE = 4
+"""Beyond the engine's batch: requests whose prompts and adapters are read while others run."""
+
+Request = TypeVar("Request", GenerateRequest, ClassifyRequest)
 
 
 class EngineReplica:
     """One engine, started before the replica is ready. Errors leave as the engine's own types."""
 
-    def __init__(self, kind: str, options: dict[str, Any]) -> None:
-        self._engine = create_engine(kind, options)
+    def __init__(self, settings: dict[str, Any]) -> None:
+        """``settings``: :class:`serve.config.Settings`, dumped."""
+        checked = Settings.model_validate(settings)
+        # A thread that reads an adapter holds the interpreter for so long at most while a step waits for it.
+        sys.setswitchinterval(SWITCH_S)
+        self._engine = create_engine(checked.engine.kind, checked.engine_options)
+        self._copies = copies_of(checked)
+        self._max_waiting = checked.engines.max_waiting
+        self._turns = FairQueue(0, 0)
+        self._has_started = False
+        configure(checked.telemetry.log_level)
+        self._tracing = Tracing(checked.telemetry, "engine")
+        self._warmth = Warmth(self._engine, self._brought, tell_routers)
+        self._pins = PinFollower(checked.registry_url, self._warmth.want)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[TokenEvent], None]:
         """Events in lists: what came while the last list travelled goes out together."""
-        async with aclosing(coalesced(self._engine.generate(request))) as batches:
-            async for events in batches:
-                yield events
+        has_begun = False
+        with self._traced("engine.generate", request) as span:
+            async with self._turn(request, request.sampling.n, span) as placed:
+                async with aclosing(coalesced(self._engine.generate(placed))) as batches:
+                    async for events in batches:
+                        if not has_begun:
+                            span.add_event("first tokens")
+                            has_begun = True
+                        yield events
 
     async def classify(self, request: ClassifyRequest) -> Classification:
-        return await self._engine.classify(request)
+        with self._traced("engine.classify", request) as span:
+            async with self._turn(request, 1, span) as placed:
+                return await self._engine.classify(placed)
 
-    async def examine(self, path: str) -> AdapterInfo:
-        return await self._engine.examine(path)
+    async def prefetch(self, adapter: AdapterRef) -> None:
+        """Bring an adapter to this machine, and into host memory."""
+        await self._engine.prefetch(await self._brought(adapter))
 
     async def info(self) -> EngineInfo:
         return self._engine.info
 
     async def stats(self) -> EngineStats:
-        return self._engine.stats()
+        stats = self._engine.stats()
+        return replace(stats, waiting=stats.waiting + self._turns.num_waiting)
 
     async def check_health(self) -> None:
         """Called by Ray Serve, first before a replica counts as ready; raising here gets it replaced."""
         await self._engine.start()
+        if not self._has_started:
+            self._has_started = True
+            lanes = self._engine.info.max_batch_size
+            self._turns = FairQueue(lanes + max(MORE_INSIDE, lanes // 2), self._max_waiting)
+            self._warmth.start()
+            self._pins.start()
         await self._engine.check_health()
 
+    @contextmanager
+    def _traced(self, name: str, request: GenerateRequest | ClassifyRequest) -> Iterator[Span]:
+        """A span under the gateway's, never the current one: generators are closed from anywhere."""
+        REQUEST_ID.set(request.request_id)
+        span = self._tracing.start(name, request.trace, request_id=request.request_id, adapters=len(request.adapters))
+        try:
+            yield span
+        except LoomError as error:
+            span.set_status(StatusCode.ERROR, type(error).__name__)
+            raise
+        finally:
+            span.end()
+
+    @asynccontextmanager
+    async def _turn(self, request: Request, cost: int, span: Span) -> AsyncIterator[Request]:
+        """The request as the engine takes it: files at hand, its turn come, and the time that is left.
+
+        Raises Overloaded, DeadlineExceeded, and as ``LocalCopies.folder_of``.
+        """
+        begun = time.monotonic()
+        tenant = "+".join(sorted(ref.version for ref in request.adapters))
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(request.timeout_s):
+                    # Before its turn, so that nobody waits behind a slow bucket.
+                    adapters = await asyncio.gather(*(self._brought(ref) for ref in request.adapters))
+                    await stack.enter_async_context(self._turns.turn(tenant, cost))
+                    span.add_event("turn")
+            except TimeoutError as error:
+                raise DeadlineExceeded("The request ran out of time waiting for its turn.", retry_after_s=1) from error
+            left = None if request.timeout_s is None else request.timeout_s - (time.monotonic() - begun)
+            yield replace(request, adapters=tuple(adapters), timeout_s=left)
+
+    async def _brought(self, ref: AdapterRef) -> AdapterRef:
+        """The same adapter, where its files are a folder of this machine. Raises as ``LocalCopies.folder_of``."""
+        if local_path(ref.path) is not None:
+            return ref
+        folder = await asyncio.to_thread(self._copies.folder_of, ref.path, ref.version)
+        return replace(ref, path=str(folder))
+
     async def __del__(self) -> None:
+        await self._pins.stop()
+        await self._warmth.stop()
         await self._engine.close()
+        self._tracing.close()
 
 
 async def coalesced(events: AsyncIterator[TokenEvent]) -> AsyncGenerator[list[TokenEvent], None]:
@@ -80,6 +173,4 @@ async def coalesced(events: AsyncIterator[TokenEvent]) -> AsyncGenerator[list[To
             if last is None:
                 return
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        await ended(task)

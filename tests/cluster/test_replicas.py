@@ -4,42 +4,29 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
-import psutil
 import pytest
-import ray
-from ray import serve as ray_serve
 from ray.cluster_utils import Cluster
 
 from lora_runtime.zoo.tasks import TASK_OF_ADAPTER, Example, examples
+from tests.cluster.clusters import NODE, cluster_of, num_running, replica_processes, wait_until
 from tests.served import Served, served
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
 GENERATING = [name for name in TASK_OF_ADAPTER if name != "warmth"]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head without room for an engine, and two nodes with room for one each."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    head = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
-    started = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        started.add_node(**NODE)
-    started.wait_for_nodes()
-    ray.init(address=started.address, namespace="loom", log_to_driver=False)
-    yield started
-    ray.shutdown()
-    started.shutdown()
+    with cluster_of(2) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +38,6 @@ def service(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     }
     with served(tmp_path_factory.mktemp("cluster"), settings, address=cluster.address) as running:
         yield running
-
-
-def engine_processes(cluster: Cluster) -> list[psutil.Process]:
-    found = []
-    for node in cluster.list_all_nodes():
-        for raylet in node.all_processes["raylet"]:
-            for process in psutil.Process(raylet.process.pid).children(recursive=True):
-                if " ".join(process.cmdline()).startswith("ray::ServeReplica:loom:Engine"):
-                    found.append(process)
-    return found
-
-
-def num_running(deployment: str) -> int:
-    states = ray_serve.status().applications["loom"].deployments[deployment].replica_states
-    return states.get("RUNNING", 0)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.3)
 
 
 def ask(url: str, model: str, example: Example, max_retries: int = 0) -> str:
@@ -97,7 +62,7 @@ def share_right(url: str, count: int, max_retries: int = 0) -> float:
 
 def test_both_replicas_answer_and_gateways_scale_apart(cluster: Cluster, service: Served):
     assert num_running("Engine") == 2 and num_running("Gateway") == 2
-    processes = engine_processes(cluster)
+    processes = replica_processes(cluster, "Engine")
     assert len(processes) == 2
     before = [process.cpu_times().user for process in processes]
     assert share_right(service.url, 8) >= 0.9
@@ -106,7 +71,7 @@ def test_both_replicas_answer_and_gateways_scale_apart(cluster: Cluster, service
 
 
 def test_a_killed_replica_takes_only_its_own_requests_along(cluster: Cluster, service: Served):
-    victim, survivor = engine_processes(cluster)
+    victim, survivor = replica_processes(cluster, "Engine")
 
     def stream(number: int) -> str:
         body = {
@@ -129,7 +94,10 @@ def test_a_killed_replica_takes_only_its_own_requests_along(cluster: Cluster, se
     assert "done" in outcomes and set(outcomes) <= {"done", "error", "503"}, outcomes
     assert survivor.is_running()
     assert share_right(service.url, 3, max_retries=3) >= 0.9
-    wait_until(lambda: num_running("Engine") == 2 and victim.pid not in [p.pid for p in engine_processes(cluster)], 60)
+    wait_until(
+        lambda: num_running("Engine") == 2 and victim.pid not in [p.pid for p in replica_processes(cluster, "Engine")],
+        60,
+    )
     assert share_right(service.url, 3) >= 0.9
 
 
@@ -138,5 +106,5 @@ def test_a_lost_node_is_survived_and_replaced(cluster: Cluster, service: Served)
     cluster.remove_node(lost, allow_graceful=False)
     assert share_right(service.url, 3, max_retries=5) >= 0.9
     cluster.add_node(**NODE)
-    wait_until(lambda: num_running("Engine") == 2 and len(engine_processes(cluster)) == 2, 90)
+    wait_until(lambda: num_running("Engine") == 2 and len(replica_processes(cluster, "Engine")) == 2, 90)
     assert share_right(service.url, 3, max_retries=2) >= 0.9

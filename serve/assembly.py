@@ -1,0 +1,62 @@
+"""A gateway from the configuration: which collaborators there are, and who is given whom."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from fastapi import FastAPI
+
+from serve.catalog import Catalog
+from serve.config import Settings
+from serve.engine_client import EngineClient
+from serve.follower import Follower
+from serve.gateway.app import create_app
+from serve.gateway.fetching import ImageFetcher
+from serve.gateway.generation import Services
+from serve.identity import KeyRing
+from serve.limits import KeyLimits
+from serve.logs import configure
+from serve.registry.database import Database
+from serve.registry.garbage import Garbage
+from serve.registry.keys import Keys
+from serve.registry.replies import Replies
+from serve.registry.repository import Repository
+from serve.storage import store_of
+from serve.telemetry import Metrics
+from serve.tracing import Tracing
+
+
+def gateway_app(settings: Settings, engines: EngineClient) -> FastAPI:
+    """The ASGI application behind Ray Serve's proxy. Connects to the registry."""
+    configure(settings.telemetry.log_level)
+    database = Database(settings.registry_url)
+    repository = Repository(database)
+    store = store_of(settings)
+    follower = Follower(repository.revision)
+    keys = KeyRing(Keys(database).all, is_required=settings.auth.required)
+    follower.add(keys.reload)
+    services = Services(
+        catalog=Catalog(repository, engines, store, follower, base_name=settings.base.name),
+        engines=engines,
+        metrics=Metrics(settings.telemetry.adapter_labels),
+        store=store,
+        replies=Replies(database),
+        images=ImageFetcher(settings.images),
+        garbage=Garbage(database, store, timedelta(seconds=settings.store.grace_s)),
+        base_name=settings.base.name,
+        timeout_s=settings.server.request_timeout_s,
+        isolates_caches=settings.auth.isolate_caches,
+    )
+    return create_app(
+        services,
+        follower,
+        keys,
+        KeyLimits(settings.auth.rates),
+        Tracing(settings.telemetry, "gateway"),
+        max_header_bytes=settings.server.max_header_bytes,
+        max_body_bytes=settings.server.max_body_bytes,
+        max_upload_bytes=settings.adapters.max_bytes,
+        collect_every_s=settings.store.collect_every_s,
+        preload=settings.adapters.preload,
+        behind_proxy=True,
+    )

@@ -1,0 +1,43 @@
+"""The private names of Ray that Loom uses, all of them. ``tests/cluster`` shows that they do what they are used for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextvars import copy_context
+from dataclasses import replace
+from typing import TypeVar
+
+from ray import serve as ray_serve
+from ray.serve._private.common import RequestRoutingInfo
+from ray.serve._private.utils import generate_request_id
+from ray.serve.context import _get_global_client, _get_serve_request_context, _serve_request_context
+
+T = TypeVar("T")
+
+
+def tell_routers(versions: Collection[str]) -> None:
+    """Say what this replica holds; every router knows it a fraction of a second later. Only inside a replica.
+
+    Ray's own multiplexing says it by the same way (``ray/serve/multiplex.py``), which nothing public offers.
+    """
+    context = ray_serve.get_replica_context()
+    info = RequestRoutingInfo(replica_id=context.replica_id, multiplexed_model_ids=list(versions))
+    client = _get_global_client()
+    if client is not None:
+        client.record_request_routing_info(info)
+
+
+def by_itself(call: Callable[[], T]) -> T:
+    """``call()``, which calls a deployment's handle, known to Ray by an id of its own.
+
+    Ray gives all calls of one request the same internal id, and a router without FIFOMixin keeps one waiting call for
+    each id: of two at once, one would wait for ever (ray 2.60, ``request_router.py``, ``_pending_requests_by_id``).
+    """
+
+    def called() -> T:
+        context = _get_serve_request_context()
+        own = replace(context, _internal_request_id=generate_request_id())
+        _serve_request_context.set(own)  # type: ignore[arg-type]  # Ray declares it by its default, None
+        return call()
+
+    return copy_context().run(called)
