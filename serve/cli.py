@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from serve import commands
+from serve import commands, offline
+from serve.commands import Service
+from serve.identity import Scope
 
 app = typer.Typer(
     name="loom",
@@ -20,17 +22,23 @@ app = typer.Typer(
 adapters = typer.Typer(help="Adapters of a running service.", no_args_is_help=True)
 zoo = typer.Typer(help="The demo world: a tiny base and six adapters with skills.", no_args_is_help=True)
 app.add_typer(adapters, name="adapters")
+keys = typer.Typer(help="API keys, in the registry's database.", no_args_is_help=True)
+store = typer.Typer(help="The store of a running service.", no_args_is_help=True)
 app.add_typer(zoo, name="zoo")
+app.add_typer(keys, name="keys")
+app.add_typer(store, name="store")
 
 console = Console()
 
 Url = Annotated[str, typer.Option("--url", envvar="LOOM_URL", help="Where the service answers.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LOOM_API_KEY", help="Where one is asked for.")]
+Config = Annotated[Path | None, typer.Option(help="Configuration in YAML; LOOM_… variables override it.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 @app.command()
 def serve(
-    config: Annotated[Path | None, typer.Option(help="Configuration in YAML; LOOM_… variables override it.")] = None,
+    config: Config = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster to deploy to; a local one if not given.")] = None,
@@ -51,15 +59,16 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     url: Url = DEFAULT_URL,
+    key: ApiKey = None,
 ) -> None:
     """Ask about an image, through the base, an adapter, or a combination."""
-    commands.chat(console, url, question, image or [], adapter or [], max_tokens, temperature)
+    commands.chat(console, Service(url, key), question, image or [], adapter or [], max_tokens, temperature)
 
 
 @adapters.command("ls")
-def list_adapters(url: Url = DEFAULT_URL) -> None:
+def list_adapters(url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
     """List what is registered."""
-    commands.list_adapters(console, url)
+    commands.list_adapters(console, Service(url, key))
 
 
 @adapters.command("add")
@@ -68,15 +77,30 @@ def add_adapter(
     path: Annotated[Path, typer.Argument(help="A PEFT adapter folder on the serving machines.")],
     activate: Annotated[bool, typer.Option(help="Whether the bare name means it from now on.")] = True,
     url: Url = DEFAULT_URL,
+    key: ApiKey = None,
 ) -> None:
     """Examine an adapter and register it; other content under a known name is a further version."""
-    commands.add_adapter(console, url, name, path, activate=activate)
+    commands.add_adapter(console, Service(url, key), name, path, activate=activate)
+
+
+@adapters.command("upload")
+def upload_adapter(
+    name: Annotated[str, typer.Argument(help="The name requests will use.")],
+    path: Annotated[Path, typer.Argument(help="A PEFT adapter folder on this machine.")],
+    activate: Annotated[bool, typer.Option(help="Whether the bare name means it from now on.")] = True,
+    url: Url = DEFAULT_URL,
+    key: ApiKey = None,
+) -> None:
+    """Send an adapter's files to the service and register them; other content is a further version."""
+    commands.upload_adapter(console, Service(url, key), name, path, activate=activate)
 
 
 @adapters.command("versions")
-def list_versions(name: Annotated[str, typer.Argument(help="The adapter's name.")], url: Url = DEFAULT_URL) -> None:
+def list_versions(
+    name: Annotated[str, typer.Argument(help="The adapter's name.")], url: Url = DEFAULT_URL, key: ApiKey = None
+) -> None:
     """List an adapter's versions and what its aliases mean."""
-    commands.list_versions(console, url, name)
+    commands.list_versions(console, Service(url, key), name)
 
 
 @adapters.command("alias")
@@ -84,16 +108,57 @@ def set_alias(
     name: Annotated[str, typer.Argument(help="The adapter's name.")],
     alias: Annotated[str, typer.Argument(help="The alias; 'latest' is what the bare name means.")],
     version: Annotated[str, typer.Argument(help="A version, the beginning of one, or another alias.")],
+    pin: Annotated[bool | None, typer.Option(help="Whether every engine keeps it in a slot.")] = None,
     url: Url = DEFAULT_URL,
+    key: ApiKey = None,
 ) -> None:
     """Let an alias mean a version from now on; requests that run end as they began."""
-    commands.set_alias(console, url, name, alias, version)
+    commands.set_alias(console, Service(url, key), name, alias, version, pin)
 
 
 @adapters.command("rm")
-def remove_adapter(name: Annotated[str, typer.Argument(help="The adapter's name.")], url: Url = DEFAULT_URL) -> None:
-    """Forget an adapter; its files stay."""
-    commands.remove_adapter(console, url, name)
+def remove_adapter(
+    name: Annotated[str, typer.Argument(help="The adapter's name.")], url: Url = DEFAULT_URL, key: ApiKey = None
+) -> None:
+    """Forget an adapter, with its versions and aliases."""
+    commands.remove_adapter(console, Service(url, key), name)
+
+
+@store.command("collect")
+def collect(url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
+    """Take out of the store what no version and no job names any more, and has not for a while."""
+    commands.collect(console, Service(url, key))
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="Whose it is; the audit says so.")],
+    scope: Annotated[list[Scope], typer.Option("--scope", "-s", help="What it is good for; repeat for several.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="Names it reaches, as support-*; repeat. All if none.")
+    ] = None,
+    per_minute: Annotated[int | None, typer.Option(help="Requests a minute.", min=1)] = None,
+    concurrent: Annotated[int | None, typer.Option(help="Requests at once.", min=1)] = None,
+    days: Annotated[float | None, typer.Option(help="How long it is valid; for ever if not given.", min=0)] = None,
+    config: Config = None,
+) -> None:
+    """Make an API key and print it, this once. Needs the registry's database, not the service."""
+    limits = offline.KeyLimits(adapters=adapter, per_minute=per_minute, concurrent=concurrent, days=days)
+    offline.create_key(console, config, name, scope, limits)
+
+
+@keys.command("ls")
+def list_keys(config: Config = None) -> None:
+    """List all keys there ever were."""
+    offline.list_keys(console, config)
+
+
+@keys.command("revoke")
+def revoke_key(
+    identifier: Annotated[str, typer.Argument(help="The key's id: its middle part.")], config: Config = None
+) -> None:
+    """End a key's validity; gateways know within a second."""
+    offline.revoke_key(console, config, identifier)
 
 
 @app.command()
@@ -103,7 +168,7 @@ def combine(
     base: Annotated[Path | None, typer.Option(help="The base's checkpoint folder; the demo's if not given.")] = None,
 ) -> None:
     """Write base + Σ weight·Δ of several adapters as one PEFT adapter. Exact; needs no service."""
-    commands.combine(console, adapter, out, base)
+    offline.combine(console, adapter, out, base)
 
 
 @app.command()
@@ -115,7 +180,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON.")] = False,
 ) -> None:
     """Say what is wrong with an adapter, what is odd about it, and what to do. Exits with 1 if it cannot be served."""
-    commands.doctor(console, path, base, fix=fix, probe=probe, as_json=as_json)
+    offline.doctor(console, path, base, fix=fix, probe=probe, as_json=as_json)
 
 
 @zoo.command("build")
@@ -124,7 +189,7 @@ def build_zoo(
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
 ) -> None:
     """Train the base and its adapters anew: up to 15 minutes on two cores."""
-    commands.build_zoo(console, out, seed)
+    offline.build_zoo(console, out, seed)
 
 
 @zoo.command("check")
@@ -132,7 +197,7 @@ def check_zoo(
     path: Annotated[Path | None, typer.Option(help="A built zoo; the installed one if not given.")] = None,
 ) -> None:
     """Measure the zoo's accuracy on held-out pictures."""
-    commands.check_zoo(console, path)
+    offline.check_zoo(console, path)
 
 
 @zoo.command("picture")
@@ -142,7 +207,7 @@ def zoo_picture(
     number: Annotated[int, typer.Option(help="Which held-out example.", min=0, max=9999)] = 0,
 ) -> None:
     """Draw a held-out picture, and print a question about it with its right answer."""
-    commands.zoo_picture(console, out, task, number)
+    offline.zoo_picture(console, out, task, number)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -42,10 +43,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(folder: Path, settings: dict[str, Any], address: str | None = None) -> Iterator[Served]:
+def served(
+    folder: Path, settings: dict[str, Any], address: str | None = None, verify: ssl.SSLContext | bool = True
+) -> Iterator[Served]:
     """Start `loom serve` with ``settings`` and state in ``folder``; stop it with SIGINT, as Ctrl-C does.
 
-    ``address``: the Ray cluster to deploy to, a new local one if None.
+    ``address``: the Ray cluster to deploy to, a new local one if None. ``verify``: whom to trust where it speaks TLS.
     """
     port = free_port()
     settings = {"state_dir": str(folder / "state"), **settings}
@@ -61,9 +64,10 @@ def served(folder: Path, settings: dict[str, Any], address: str | None = None) -
             env={**os.environ, "COLUMNS": "200"},
             start_new_session=True,
         )
-    running = Served(f"http://127.0.0.1:{port}", process, log)
+    scheme = "https" if "tls_key" in settings["server"] else "http"
+    running = Served(f"{scheme}://127.0.0.1:{port}", process, log)
     try:
-        _wait_until_ready(running)
+        _wait_until_ready(running, verify)
         yield running
     finally:
         if process.poll() is None:
@@ -71,13 +75,13 @@ def served(folder: Path, settings: dict[str, Any], address: str | None = None) -
             process.wait(timeout=90)
 
 
-def _wait_until_ready(running: Served) -> None:
+def _wait_until_ready(running: Served, verify: ssl.SSLContext | bool) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if running.process.poll() is not None:
             raise RuntimeError(f"loom serve ended: {running.log.read_text()}")
         if "Ready" in running.log.read_text():
-            httpx.get(f"{running.url}/readyz", timeout=30).raise_for_status()
+            httpx.get(f"{running.url}/readyz", timeout=30, verify=verify).raise_for_status()
             return
         time.sleep(0.2)
     raise RuntimeError(f"loom serve did not become ready: {running.log.read_text()}")

@@ -1,11 +1,15 @@
-"""``/v1/adapters``: register, list, look at, delete; versions and aliases. And ``/v1/models``, the same as models."""
+"""``/v1/adapters``: register, list, look at, delete; versions and aliases."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Request, Response
 
-from lora_runtime.errors import NotFound
+from serve.gateway.access import Who, needs, reaches_named
 from serve.gateway.generation import Services
+from serve.gateway.idempotency import idempotent
+from serve.gateway.uploads import UPLOAD_FORM, received
+from serve.identity import Scope
+from serve.intake import Source
 from serve.registry.records import AdapterRecord, VersionRecord
 from serve.schemas.management import (
     Adapter,
@@ -14,90 +18,79 @@ from serve.schemas.management import (
     AdapterVersionList,
     AliasRequest,
     Deleted,
-    Model,
-    ModelList,
     RegisterRequest,
 )
-from serve.targets import canonical, parse, resolve
 
 
 def router(services: Services) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(
+        tags=["Adapters"],
+        dependencies=[needs(Scope.ADAPTERS), Depends(reaches_named)],
+        route_class=idempotent(services.replies),
+    )
     catalog = services.catalog
 
-    def known(name: str) -> AdapterRecord:
-        record = catalog.records.get(name)
-        if record is None:
-            raise NotFound(f"There is no adapter '{name[:128]}'.", near=[])
-        return record
+    @routes.get("/v1/adapters", summary="All adapters")
+    async def adapters(identity: Who) -> AdapterList:
+        usable = (record for record in catalog.records.values() if identity.may_use(record.name))
+        return AdapterList(data=[_adapter(record) for record in usable])
 
-    @routes.get("/v1/models", tags=["OpenAI"], summary="The base and every adapter")
-    async def models() -> ModelList:
-        return ModelList(data=[_base(services), *(_model(services, r) for r in catalog.records.values())])
-
-    @routes.get("/v1/models/{name:path}", tags=["OpenAI"], summary="The base, an adapter, or a combination")
-    async def model(name: str) -> Model:
-        target = resolve(name, None, services.base_name, catalog.registered)
-        if not target.adapters:
-            return _base(services)
-        if len(target.adapters) == 1 and canonical(parse(name)) == target.adapters[0].name:
-            return _model(services, catalog.records[target.adapters[0].name])
-        return Model(id=target.label, created=services.started, parent=services.base_name)
-
-    @routes.get("/v1/adapters", tags=["Adapters"], summary="All adapters")
-    async def adapters() -> AdapterList:
-        return AdapterList(data=[_adapter(record) for record in catalog.records.values()])
-
-    @routes.post("/v1/adapters", tags=["Adapters"], status_code=201, summary="Register an adapter from a folder")
-    async def register(body: RegisterRequest, response: Response) -> Adapter:
-        record, is_new = await catalog.register(body.name, body.path, activate=body.activate)
-        if not is_new:
-            response.status_code = 200
+    @routes.post("/v1/adapters", status_code=201, summary="Register an adapter from a folder or an address")
+    async def register(body: RegisterRequest, response: Response, identity: Who) -> Adapter:
+        identity.check_adapter(body.name)
+        source = Source(address=body.path)
+        record, is_new = await catalog.register(body.name, source, activate=body.activate, actor=identity.actor)
+        response.status_code = 201 if is_new else 200
         return _adapter(record)
 
-    @routes.get("/v1/adapters/{name}", tags=["Adapters"], summary="One adapter")
+    @routes.get("/v1/adapters/{name}", summary="One adapter")
     async def adapter(name: str) -> Adapter:
-        return _adapter(known(name))
+        return _adapter(catalog.adapter(name))
 
-    @routes.delete("/v1/adapters/{name}", tags=["Adapters"], summary="Forget an adapter; its files stay")
-    async def delete(name: str) -> Deleted:
-        await catalog.remove(name)
+    @routes.delete("/v1/adapters/{name}", summary="Forget an adapter, with its versions and aliases")
+    async def delete(name: str, identity: Who) -> Deleted:
+        await catalog.remove(name, actor=identity.actor)
         return Deleted(id=name)
 
-    @routes.get("/v1/adapters/{name}/versions", tags=["Adapters"], summary="An adapter's versions, oldest first")
+    @routes.get("/v1/adapters/{name}/versions", summary="An adapter's versions, oldest first")
     async def versions(name: str) -> AdapterVersionList:
-        record = known(name)
+        record = catalog.adapter(name)
         return AdapterVersionList(data=[_version(record, version) for version in record.versions])
 
-    @routes.get("/v1/adapters/{name}/versions/{version}", tags=["Adapters"], summary="One version, or an alias's")
+    @routes.post(
+        "/v1/adapters/{name}/versions",
+        status_code=201,
+        summary="Upload an adapter's files as a version",
+        openapi_extra=UPLOAD_FORM,
+    )
+    async def upload(name: str, request: Request, response: Response, identity: Who) -> Adapter:
+        async with received(services.store, request) as (receipt, activate):
+            source = Source(receipt=receipt)
+            record, is_new = await catalog.register(name, source, activate=activate, actor=identity.actor)
+        response.status_code = 201 if is_new else 200
+        return _adapter(record)
+
+    @routes.get("/v1/adapters/{name}/versions/{version}", summary="One version, or an alias's")
     async def version(name: str, version: str) -> AdapterVersion:
-        record = known(name)
-        exact = catalog.registered[name].version(version)
+        record = catalog.adapter(name)
+        exact = catalog.exact(name, version)
         return _version(record, next(found for found in record.versions if found.id == exact))
 
-    @routes.delete("/v1/adapters/{name}/versions/{version}", tags=["Adapters"], summary="Forget a version")
-    async def delete_version(name: str, version: str) -> Deleted:
-        exact = await catalog.remove_version(name, version)
+    @routes.delete("/v1/adapters/{name}/versions/{version}", summary="Forget a version")
+    async def delete_version(name: str, version: str, identity: Who) -> Deleted:
+        exact = await catalog.remove_version(name, version, actor=identity.actor)
         return Deleted(id=f"{name}@{exact}", object="adapter.version.deleted")
 
-    @routes.put("/v1/adapters/{name}/aliases/{alias}", tags=["Adapters"], summary="Move an alias to a version")
-    async def set_alias(name: str, alias: str, body: AliasRequest) -> Adapter:
-        return _adapter(await catalog.set_alias(name, alias, body.version))
+    @routes.put("/v1/adapters/{name}/aliases/{alias}", summary="Move an alias to a version")
+    async def set_alias(name: str, alias: str, body: AliasRequest, identity: Who) -> Adapter:
+        return _adapter(await catalog.set_alias(name, alias, body.version, pinned=body.pinned, actor=identity.actor))
 
-    @routes.delete("/v1/adapters/{name}/aliases/{alias}", tags=["Adapters"], summary="Forget an alias")
-    async def delete_alias(name: str, alias: str) -> Deleted:
-        await catalog.remove_alias(name, alias)
+    @routes.delete("/v1/adapters/{name}/aliases/{alias}", summary="Forget an alias")
+    async def delete_alias(name: str, alias: str, identity: Who) -> Deleted:
+        await catalog.remove_alias(name, alias, actor=identity.actor)
         return Deleted(id=f"{name}@{alias}", object="adapter.alias.deleted")
 
     return routes
-
-
-def _base(services: Services) -> Model:
-    return Model(id=services.base_name, created=services.started)
-
-
-def _model(services: Services, record: AdapterRecord) -> Model:
-    return Model(id=record.name, created=int(record.created_at.timestamp()), parent=services.base_name)
 
 
 def _adapter(record: AdapterRecord) -> Adapter:
@@ -107,6 +100,7 @@ def _adapter(record: AdapterRecord) -> Adapter:
         created=record.created_at,
         info=dict(record.latest.info),
         aliases=dict(record.aliases),
+        pinned=sorted(record.pinned),
         num_versions=len(record.versions),
     )
 
@@ -117,6 +111,7 @@ def _version(record: AdapterRecord, version: VersionRecord) -> AdapterVersion:
         adapter=record.name,
         number=version.number,
         created=version.created_at,
+        source=version.source,
         aliases=sorted(alias for alias, named in record.aliases.items() if named == version.id),
         info=dict(version.info),
     )

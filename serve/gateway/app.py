@@ -9,11 +9,22 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from serve.gateway import adapters, chat, classify, completions, health, management
+from serve.follower import Follower
+from serve.gateway import adapters, chat, classify, completions, health, management, models
 from serve.gateway.errors import install_handlers
 from serve.gateway.generation import Services
-from serve.gateway.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from serve.gateway.housekeeping import Housekeeping
+from serve.gateway.middleware import (
+    BodyLimitMiddleware,
+    HeaderLimitMiddleware,
+    IdentityMiddleware,
+    RequestIdMiddleware,
+)
+from serve.gateway.observation import ObservationMiddleware
+from serve.identity import KeyRing
+from serve.limits import KeyLimits
 from serve.schemas.common import ErrorBody
+from serve.tracing import Tracing
 
 DESCRIPTION = (
     "OpenAI's API over one Qwen2-VL base, many adapters, and weighted combinations of them: "
@@ -22,7 +33,18 @@ DESCRIPTION = (
 
 
 def create_app(
-    services: Services, *, max_body_bytes: int, preload: Mapping[str, Path], behind_proxy: bool = False
+    services: Services,
+    follower: Follower,
+    keys: KeyRing,
+    limits: KeyLimits,
+    tracing: Tracing,
+    *,
+    max_header_bytes: int,
+    max_body_bytes: int,
+    max_upload_bytes: int,
+    collect_every_s: float,
+    preload: Mapping[str, Path],
+    behind_proxy: bool = False,
 ) -> FastAPI:
     """All routes over ``services``; start-up registers ``preload`` and follows the registry.
 
@@ -31,19 +53,27 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await services.catalog.start(preload)
+        await follower.start()
+        await services.catalog.preload(preload)
+        housekeeping = Housekeeping(services.garbage.collect, every_s=collect_every_s)
         yield
-        await services.catalog.stop()
+        await housekeeping.stop()
+        await services.images.close()
+        tracing.close()
+        await follower.stop()
 
     refused: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorBody} for status in (400, 404, 409, 413, 429, 500, 503)
+        status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 429, 500, 503)
     }
     app = FastAPI(
         title="Loom", description=DESCRIPTION, version="1", lifespan=lifespan, redoc_url=None, responses=refused
     )
-    for routes in (chat, completions, classify, adapters, management, health):
+    for routes in (chat, completions, classify, models, adapters, management, health):
         app.include_router(routes.router(services))
     install_handlers(app)
-    app.add_middleware(BodyLimitMiddleware, max_bytes=max_body_bytes)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=max_body_bytes, max_upload_bytes=max_upload_bytes)
+    app.add_middleware(IdentityMiddleware, keys=keys, limits=limits)
+    app.add_middleware(HeaderLimitMiddleware, max_bytes=max_header_bytes)
+    app.add_middleware(ObservationMiddleware, tracing=tracing)
     app.add_middleware(RequestIdMiddleware, echo=not behind_proxy)
     return app

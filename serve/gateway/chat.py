@@ -9,7 +9,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from lora_runtime.engine.protocol import TokenEvent
+from serve.gateway.access import Who, needs
 from serve.gateway.generation import Services, event_stream, total
+from serve.identity import Scope
 from serve.schemas.chat import (
     AnswerMessage,
     ChatAnswer,
@@ -26,14 +28,16 @@ ROUTE = "chat"
 
 
 def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["OpenAI"])
+    routes = APIRouter(tags=["OpenAI"], dependencies=[needs(Scope.INFER)])
 
     @routes.post("/v1/chat/completions", response_model=ChatAnswer, summary="Answer a conversation, with images")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        target = services.target(body)
+    async def chat(body: ChatRequest, request: Request, identity: Who) -> Response:
+        target = services.target(body, identity)
+        request.state.model = target.label
         sampling = body.sampling()
+        prompt = body.prompt(await services.images.fetch_all(body.urls()))
         request_id = request.state.request_id
-        generation = await services.start(ROUTE, request_id, target, body.prompt(), sampling)
+        generation = await services.start(ROUTE, request_id, identity, target, prompt, sampling)
         shared: dict[str, Any] = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": target.label}
         headers = {"X-Model-Served": target.label}
         with_logprobs = sampling.logprobs is not None

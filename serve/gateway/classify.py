@@ -8,25 +8,31 @@ from fastapi import APIRouter, Request, Response
 
 from lora_runtime.engine.protocol import ClassifyRequest
 from lora_runtime.errors import LoomError
+from serve.gateway.access import Who, needs
 from serve.gateway.errors import error_body
 from serve.gateway.generation import Services, total
+from serve.identity import Scope
 from serve.schemas.management import ClassifyAnswer, ClassifyBody, ClassifyResult, LabelScore
+from serve.tracing import traceparent
 
 ROUTE = "classify"
 
 
 def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["Classification"])
+    routes = APIRouter(tags=["Classification"], dependencies=[needs(Scope.INFER)])
 
     @routes.post("/v1/classify", summary="Exact label probabilities from an adapter's classification head")
-    async def classify(body: ClassifyBody, request: Request, response: Response) -> ClassifyAnswer:
-        target = services.target(body)
+    async def classify(body: ClassifyBody, request: Request, response: Response, identity: Who) -> ClassifyAnswer:
+        target = services.target(body, identity)
+        request.state.model = target.label
         call = ClassifyRequest(
             request_id=request.state.request_id,
-            prompt=body.prompt(),
+            prompt=body.prompt(await services.images.fetch_all(body.urls())),
             adapters=target.adapters,
             head=body.head,
             timeout_s=services.timeout_s,
+            cache_scope=services.cache_scope(identity),
+            trace=traceparent(),
         )
         begun, status = time.monotonic(), 200
         try:
@@ -35,8 +41,8 @@ def router(services: Services) -> APIRouter:
             status = error_body(error)[0]
             raise
         finally:
-            services.metrics.answered(ROUTE, len(target.adapters), status, time.monotonic() - begun)
-        services.metrics.used(found.usage)
+            services.metrics.answered(ROUTE, target, status, time.monotonic() - begun)
+        services.metrics.used(target, found.usage, 0.0)
         response.headers["X-Model-Served"] = target.label
         scores = [
             LabelScore(label=label, probability=probability, logit=logit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any, cast
 
@@ -11,7 +10,10 @@ from fastapi.responses import JSONResponse
 
 from lora_runtime.engine.protocol import TokenEvent
 from lora_runtime.errors import InvalidRequest
+from serve.gateway.access import Who, needs
 from serve.gateway.generation import Generation, Services, event_stream, total
+from serve.gateway.together import together
+from serve.identity import Scope
 from serve.schemas.common import Usage
 from serve.schemas.completions import CompletionAnswer, CompletionChoice, CompletionLogprobs, CompletionRequest
 
@@ -19,11 +21,12 @@ ROUTE = "completions"
 
 
 def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["OpenAI"])
+    routes = APIRouter(tags=["OpenAI"], dependencies=[needs(Scope.INFER)])
 
     @routes.post("/v1/completions", response_model=CompletionAnswer, summary="Continue a text")
-    async def complete(body: CompletionRequest, request: Request) -> Response:
-        target = services.target(body)
+    async def complete(body: CompletionRequest, request: Request, identity: Who) -> Response:
+        target = services.target(body, identity)
+        request.state.model = target.label
         sampling, prompts = body.sampling(), body.prompts()
         if body.stream and len(prompts) > 1:
             raise InvalidRequest("A stream takes one prompt; send several requests.", param="prompt")
@@ -32,12 +35,14 @@ def router(services: Services) -> APIRouter:
         headers = {"X-Model-Served": target.label}
         with_logprobs = sampling.logprobs is not None
         if body.stream:
-            generation = await services.start(ROUTE, request_id, target, prompts[0], sampling)
+            generation = await services.start(ROUTE, request_id, identity, target, prompts[0], sampling)
             closing = _usage_chunk(shared) if body.wants_usage else None
             return event_stream(generation, (), _event_chunk(shared, with_logprobs), closing, headers)
 
         async def one(number: int) -> tuple[Generation, list[CompletionChoice]]:
-            generation = await services.start(ROUTE, f"{request_id}-{number}", target, prompts[number], sampling)
+            generation = await services.start(
+                ROUTE, f"{request_id}-{number}", identity, target, prompts[number], sampling
+            )
             choices = [
                 CompletionChoice(
                     index=number * sampling.n + index,
@@ -49,9 +54,7 @@ def router(services: Services) -> APIRouter:
             ]
             return generation, choices
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(number)) for number in range(len(prompts))]
-        done = [task.result() for task in tasks]
+        done = await together(one(number) for number in range(len(prompts)))
         choices = [choice for _, found in done for choice in found]
         answer = CompletionAnswer(**shared, choices=choices, usage=total(g.usage for g, _ in done))
         return JSONResponse(answer.model_dump(), headers=headers)

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from lora_runtime.errors import (
+    AdapterTooLarge,
     CallerError,
     Conflict,
     DeadlineExceeded,
@@ -19,21 +20,31 @@ from lora_runtime.errors import (
     LoomError,
     NotFound,
     Overloaded,
+    StoreUnavailable,
 )
 from serve.engine_client import EngineUnavailable
+from serve.identity import Forbidden, Unauthenticated
+from serve.registry.database import RegistryUnavailable
 from serve.schemas.common import ErrorBody, ErrorDetail
 
 log = logging.getLogger(__name__)
 
 MAX_SHOWN_PROBLEMS = 3
+CLIENT_LEFT = 499
+"""What is counted and logged where the client was gone before its answer, as nginx does."""
 
 STATUS: tuple[tuple[type[LoomError], int, str], ...] = (
+    (Unauthenticated, 401, "authentication_error"),
+    (Forbidden, 403, "permission_error"),
     (NotFound, 404, "not_found_error"),
+    (AdapterTooLarge, 413, "invalid_request_error"),
     (CallerError, 400, "invalid_request_error"),
     (Conflict, 409, "conflict_error"),
     (DeadlineExceeded, 504, "timeout_error"),
     (Overloaded, 429, "rate_limit_error"),
     (EngineUnavailable, 503, "server_error"),
+    (StoreUnavailable, 503, "server_error"),
+    (RegistryUnavailable, 503, "server_error"),
     (EngineFault, 500, "server_error"),
     (LoomError, 500, "server_error"),
 )
@@ -49,7 +60,7 @@ def error_body(error: LoomError) -> tuple[int, ErrorBody]:
 
 def error_response(error: LoomError) -> JSONResponse:
     status, body = error_body(error)
-    headers = {}
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     if (after := error.facts.get("retry_after_s")) is not None:
         headers["Retry-After"] = str(max(1, round(after)))
     return JSONResponse(body.model_dump(), status_code=status, headers=headers)

@@ -15,12 +15,19 @@ from pydantic import BaseModel
 
 from lora_runtime.engine.protocol import GenerateRequest, Prompt, Sampling, Token, TokenEvent, Usage
 from lora_runtime.errors import DeadlineExceeded, EngineFault, LoomError
+from lora_runtime.store.protocol import Store
 from serve.catalog import Catalog
 from serve.engine_client import EngineClient, Events
-from serve.gateway.errors import error_body
+from serve.gateway.access import Reachable
+from serve.gateway.errors import CLIENT_LEFT, error_body
+from serve.gateway.fetching import ImageFetcher
+from serve.identity import Identity
+from serve.registry.garbage import Garbage
+from serve.registry.replies import Replies
 from serve.schemas import common
 from serve.targets import Target, resolve
 from serve.telemetry import Metrics
+from serve.tracing import traceparent
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +50,25 @@ class Services:
     catalog: Catalog
     engines: EngineClient
     metrics: Metrics
+    store: Store
+    garbage: Garbage
+    replies: Replies
+    images: ImageFetcher
     base_name: str
     timeout_s: float
+    isolates_caches: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
 
-    def target(self, body: common.TargetedBody) -> Target:
-        """What the request means by its model. Raises CallerErrors."""
-        return resolve(body.model, body.members(), self.base_name, self.catalog.registered)
+    def target(self, body: common.TargetedBody, identity: Identity) -> Target:
+        """What the request means by its model, for one who reaches so far. Raises CallerErrors."""
+        return resolve(body.model, body.members(), self.base_name, Reachable(self.catalog.registered, identity))
+
+    def cache_scope(self, identity: Identity) -> str:
+        """Whose prompts an engine may find again for this one: everyone's, or the API key's own."""
+        return identity.id if self.isolates_caches else ""
 
     async def start(
-        self, route: str, request_id: str, target: Target, prompt: Prompt, sampling: Sampling
+        self, route: str, request_id: str, identity: Identity, target: Target, prompt: Prompt, sampling: Sampling
     ) -> Generation:
         """Send a request and wait for its first events, so that what goes wrong until then has a status code."""
         request = GenerateRequest(
@@ -61,8 +77,10 @@ class Services:
             adapters=target.adapters,
             sampling=sampling,
             timeout_s=self.timeout_s,
+            cache_scope=self.cache_scope(identity),
+            trace=traceparent(),
         )
-        generation = Generation(self, route, len(target.adapters), self.engines.generate(request))
+        generation = Generation(self, route, target, self.engines.generate(request))
         await generation.wait_for_first()
         return generation
 
@@ -70,13 +88,14 @@ class Services:
 class Generation:
     """Events of one request, with its measurements. Iterate once; closing it cancels the request."""
 
-    def __init__(self, services: Services, route: str, num_members: int, events: AsyncIterator[Events]) -> None:
+    def __init__(self, services: Services, route: str, target: Target, events: AsyncIterator[Events]) -> None:
         self._services = services
         self._route = route
-        self._num_members = num_members
+        self._target = target
         self._events = events
         self._first: Events = []
         self._begun = time.monotonic()
+        self._first_at = self._begun
         self.usage = Usage(prompt_tokens=0, completion_tokens=0)
 
     async def wait_for_first(self) -> None:
@@ -93,11 +112,12 @@ class Generation:
         except LoomError as error:
             self._end(error_body(error)[0])
             raise
-        self._services.metrics.first_token(time.monotonic() - self._begun)
+        self._first_at = time.monotonic()
+        self._services.metrics.first_token(self._target, self._first_at - self._begun)
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
         """All events in order. Raises LoomErrors; counts the request however it ends."""
-        status = 499
+        status = CLIENT_LEFT
         try:
             for event in self._first:
                 yield self._seen(event)
@@ -128,12 +148,12 @@ class Generation:
     def _seen(self, event: TokenEvent) -> TokenEvent:
         if event.usage is not None:
             self.usage = event.usage
-            self._services.metrics.used(event.usage)
+            self._services.metrics.used(self._target, event.usage, time.monotonic() - self._first_at)
         return event
 
     def _end(self, status: int) -> None:
         seconds = time.monotonic() - self._begun
-        self._services.metrics.answered(self._route, self._num_members, status, seconds)
+        self._services.metrics.answered(self._route, self._target, status, seconds)
 
 
 def total(usages: Iterable[Usage]) -> common.Usage:

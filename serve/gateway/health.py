@@ -29,10 +29,10 @@ def router(services: Services) -> APIRouter:
             raise EngineUnavailable("No engine answered in time.", retry_after_s=2) from error
         return {"status": "ready", "engine": info.kind, "adapters": len(services.catalog.records)}
 
-    @routes.get("/metrics", summary="Prometheus text of this gateway and of one engine replica")
+    @routes.get("/metrics", summary="Prometheus text of this gateway, and sums over engine replicas")
     async def metrics() -> Response:
         try:
-            engines = [await asyncio.wait_for(services.engines.stats(), ENGINE_TIMEOUT_S)]
+            engines = await asyncio.wait_for(services.engines.stats(), ENGINE_TIMEOUT_S)
         except (LoomError, TimeoutError):
             engines = []  # the gateway's own numbers are wanted most when engines are in trouble
         return Response(services.metrics.exposition(engines), media_type=CONTENT_TYPE_LATEST)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -38,14 +39,21 @@ class ChatMessage(Body):
     content: str | list[Content]
     name: str | None = Field(default=None, max_length=128)
 
-    def to_message(self, number: int) -> Message:
+    def urls(self) -> Iterator[str]:
+        """Of images that are to be fetched."""
+        for part in self.content:
+            if isinstance(part, ImageContent) and not is_data_uri(part.image_url.url):
+                yield part.image_url.url
+
+    def to_message(self, number: int, fetched: Mapping[str, bytes]) -> Message:
+        """``fetched``: the images at :meth:`urls`. Raises InvalidImage."""
         role: Role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
             return Message(role=role, parts=(TextPart(text=self.content),))
         parts = tuple(
             TextPart(text=part.text)
             if isinstance(part, TextContent)
-            else ImagePart(data=decode_data_uri(part.image_url.url, f"messages[{number}]"))
+            else ImagePart(data=_image(part.image_url.url, f"messages[{number}]", fetched))
             for part in self.content
         )
         return Message(role=role, parts=parts)
@@ -101,9 +109,12 @@ class ChatRequest(SampledBody):
             *(() if only_text else ("modalities",)),
         )
 
-    def prompt(self) -> ChatPrompt:
-        """Raises InvalidRequest or InvalidImage."""
-        return ChatPrompt(messages=tuple(m.to_message(i) for i, m in enumerate(self.messages)))
+    def urls(self) -> list[str]:
+        return [url for message in self.messages for url in message.urls()]
+
+    def prompt(self, fetched: Mapping[str, bytes]) -> ChatPrompt:
+        """``fetched``: the images at :meth:`urls`. Raises InvalidImage."""
+        return ChatPrompt(messages=tuple(m.to_message(i, fetched) for i, m in enumerate(self.messages)))
 
     def sampling(self) -> Sampling:
         if self.top_logprobs is not None and not self.logprobs:
@@ -112,13 +123,16 @@ class ChatRequest(SampledBody):
         return self.sampling_with(limit, (self.top_logprobs or 0) if self.logprobs else None)
 
 
+def is_data_uri(url: str) -> bool:
+    return url.startswith("data:")
+
+
+def _image(url: str, where: str, fetched: Mapping[str, bytes]) -> bytes:
+    return decode_data_uri(url, where) if is_data_uri(url) else fetched[url]
+
+
 def decode_data_uri(url: str, where: str) -> bytes:
-    """The bytes of a base64 ``data:`` URI. Raises InvalidImage; other URLs are never fetched."""
-    if not url.startswith("data:"):
-        raise InvalidImage(
-            f"{where}: images are taken as data: URIs only, such as 'data:image/png;base64,…'; URLs are not fetched.",
-            param="messages",
-        )
+    """The bytes of a base64 ``data:`` URI. Raises InvalidImage."""
     head, comma, payload = url.partition(",")
     if not comma or not head.endswith(";base64"):
         raise InvalidImage(f"{where}: the data: URI must be base64, 'data:image/png;base64,…'.", param="messages")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
 
@@ -28,13 +29,17 @@ class ModelList(BaseModel):
 
 
 class RegisterRequest(Body):
-    """Register the PEFT adapter in the folder ``path`` (on the serving machines) under ``name``.
+    """Register the PEFT adapter at ``path``, a folder of the serving machines or an address, under ``name``.
 
     Other content than before becomes a further version. ``activate`` false: the bare name goes on meaning the
     version it means; the new one is served under ``name@version``, or an alias.
     """
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "support", "path": "/adapters/support"}]})
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"name": "support", "path": "/adapters/support"}, {"name": "tone", "path": "s3://ours/tone"}]
+        }
+    )
 
     name: str = Field(min_length=1, max_length=128)
     path: str = Field(min_length=1, max_length=4096)
@@ -58,16 +63,19 @@ class UnloadLoraRequest(Body):
 
 
 class AliasRequest(Body):
-    """What an alias is to mean: a version, the beginning of one, or another alias."""
+    """What an alias is to mean: a version, the beginning of one, or another alias. ``pinned``: whether every engine
+    keeps it in a slot; as it was if not given."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"version": "3f9a12"}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": "3f9a12", "pinned": True}]})
 
     version: str = Field(min_length=1, max_length=128)
+    pinned: bool | None = None
 
 
 class Adapter(BaseModel):
     """A registered adapter. ``version`` is what its bare name means, ``info`` what the examination of that found
-    (method, ranks, saved modules, heads, bytes), ``aliases`` the versions by movable name."""
+    (method, ranks, saved modules, heads, bytes), ``aliases`` the versions by movable name, ``pinned`` the
+    aliases that engines keep in a slot."""
 
     id: str
     object: Literal["adapter"] = "adapter"
@@ -75,17 +83,20 @@ class Adapter(BaseModel):
     created: datetime
     info: dict[str, Any]
     aliases: dict[str, str]
+    pinned: list[str]
     num_versions: int
 
 
 class AdapterVersion(BaseModel):
-    """Content registered under an adapter's name; ``id`` is its sha256 and ``number`` counts from 1."""
+    """Content registered under an adapter's name; ``id`` is its sha256, ``number`` counts from 1, and
+    ``source`` is where its registration took it from."""
 
     id: str
     object: Literal["adapter.version"] = "adapter.version"
     adapter: str
     number: int
     created: datetime
+    source: str
     aliases: list[str]
     info: dict[str, Any]
 
@@ -112,6 +123,13 @@ class AuditList(BaseModel):
     object: Literal["list"] = "list"
     data: list[AuditEntry]
     has_more: bool
+
+
+class Collected(BaseModel):
+    """Versions that were taken out of the store."""
+
+    object: Literal["store.collected"] = "store.collected"
+    versions: list[str]
 
 
 class AdapterList(BaseModel):
@@ -146,10 +164,14 @@ class ClassifyBody(TargetedBody):
             raise ValueError("give either 'messages' or 'input'")
         return self
 
-    def prompt(self) -> Prompt:
+    def urls(self) -> list[str]:
+        return [url for message in self.messages or () for url in message.urls()]
+
+    def prompt(self, fetched: Mapping[str, bytes]) -> Prompt:
+        """``fetched``: the images at :meth:`urls`. Raises InvalidImage."""
         if self.messages is None:
             return TextPrompt(text=self.input or "")
-        return ChatPrompt(messages=tuple(m.to_message(i) for i, m in enumerate(self.messages)))
+        return ChatPrompt(messages=tuple(m.to_message(i, fetched) for i, m in enumerate(self.messages)))
 
 
 class LabelScore(BaseModel):

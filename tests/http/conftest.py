@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from tests.fakes import write_fake_adapter
 from tests.served import Served, served
 
 
@@ -17,8 +17,7 @@ from tests.served import Served, served
 def adapter_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("adapters")
     for name in ("french", "shape", "animals"):
-        (root / name).mkdir()
-        (root / name / "adapter_config.json").write_text(json.dumps({"name": name, "head": name == "animals"}))
+        write_fake_adapter(root / name, name=name, head=name == "animals")
     return root
 
 

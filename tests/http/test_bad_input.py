@@ -57,6 +57,16 @@ CASES = {
 }  # fmt: skip
 
 
+def test_headers_are_bounded(http: httpx.Client):
+    refused = http.post("/v1/chat/completions", json=GOOD, headers={"X-Large": "x" * 200_000})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (431, "headers_too_large")
+
+
+def test_one_bad_prompt_of_several_is_refused_as_itself(http: httpx.Client):
+    refused = http.post("/v1/completions", json={"model": "base", "prompt": ["a", "b " * 600], "max_tokens": 2})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_overflow")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_clear_error(http: httpx.Client, name: str):
     body, status, words = CASES[name]

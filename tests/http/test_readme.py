@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +31,12 @@ def here(zoo: Served, tmp_path: Path) -> tuple[Served, Path]:
 
 
 def run(command: list[str], zoo: Served, folder: Path, text: str) -> str:
-    environment = {**os.environ, "LOOM_URL": zoo.url, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "COLUMNS": "200",
+        "LOOM_URL": zoo.url,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     here = text.replace("http://127.0.0.1:8000", zoo.url)
     done = subprocess.run(
         command, input=here, capture_output=True, text=True, cwd=folder, env=environment, timeout=120, check=False
@@ -50,7 +57,7 @@ def test_python_examples(here):
 
 def test_shell_examples(here):
     zoo, folder = here
-    asking, managing, versioning, classifying = blocks("bash")
+    asking, managing, versioning, uploading, classifying, keys = blocks("bash")
     example = examples("colour", "heldout", 1)[0]
     answered = run(["bash", "-e"], zoo, folder, asking)
     assert example.question.removeprefix("What colour is at the ") in answered
@@ -62,8 +69,15 @@ def test_shell_examples(here):
     mine = httpx.post(f"{zoo.url}/v1/adapters", json={"name": "mine", "path": path}, timeout=60).json()
     versioned = run(["bash", "-e"], zoo, folder, versioning.replace("3f9a12", mine["version"][:6]))
     assert f"mine@latest means {mine['version'][:12]}" in versioned
+    for file in ADAPTERS["french"].glob("adapter_*"):
+        shutil.copy(file, folder)
+    uploaded = json.loads(run(["bash", "-e"], zoo, folder, uploading))
+    assert (uploaded["id"], uploaded["num_versions"]) == ("mine", 2)
     httpx.delete(f"{zoo.url}/v1/adapters/mine")
     assert '"label":' in run(["bash", "-e"], zoo, folder, classifying)
+    made = run(["loom", "keys", "create", "x", "-s", "infer"], zoo, folder, "").strip()
+    shown = run(["bash", "-e"], zoo, folder, keys.replace("3f9a12b4c5d6", made.split("_")[1]) + "\nloom keys ls\n")
+    assert re.search(r"^loom_[0-9a-f]{12}_", shown) and "revoked" in shown and "shop-*" in shown
 
 
 def test_the_chat_command(here):

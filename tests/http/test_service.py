@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
+from tests.fakes import write_fake_adapter
 from tests.served import Served
 
 SLOW = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 300}
@@ -36,9 +37,7 @@ def test_answers_name_what_served_them(http: httpx.Client):
 
 
 def test_adapters_come_and_go(http: httpx.Client, adapter_root):
-    folder = adapter_root / "late"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text('{"name": "late"}')
+    folder = write_fake_adapter(adapter_root / "late", name="late")
     body = {"name": "late", "path": str(folder)}
     created = http.post("/v1/adapters", json=body)
     assert created.status_code == 201
@@ -47,7 +46,7 @@ def test_adapters_come_and_go(http: httpx.Client, adapter_root):
     assert "late" in [adapter["id"] for adapter in http.get("/v1/adapters").json()["data"]]
     ask = {**SLOW, "max_tokens": 2, "model": f"late@{created.json()['version'][:8]}"}
     assert http.post("/v1/chat/completions", json=ask).status_code == 200
-    (folder / "adapter_config.json").write_text('{"name": "other"}')
+    write_fake_adapter(folder, name="other")
     changed = http.post("/v1/adapters", json=body)
     assert (changed.status_code, changed.json()["num_versions"]) == (201, 2)
     assert http.delete("/v1/adapters/late").json()["deleted"] is True

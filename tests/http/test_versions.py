@@ -10,6 +10,7 @@ import pytest
 
 from lora_runtime.zoo.paths import ADAPTERS
 from lora_runtime.zoo.tasks import examples
+from tests.fakes import write_fake_adapter
 from tests.http.test_zoo import is_right
 from tests.served import Served
 
@@ -77,9 +78,7 @@ def test_what_the_doctor_says_is_kept_with_the_version(demo: httpx.Client):
 
 
 def test_a_request_ends_on_what_it_began_with(http: httpx.Client, adapter_root: Path):
-    folder = adapter_root / "brief"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text('{"name": "brief"}')
+    folder = write_fake_adapter(adapter_root / "brief", name="brief")
     assert register(http, "brief", folder).status_code == 201
     body = {
         **{"model": "brief", "max_tokens": 150, "stream": True},
@@ -96,15 +95,13 @@ def test_a_request_ends_on_what_it_began_with(http: httpx.Client, adapter_root: 
 
 
 def test_tools_made_for_vllm_load_and_unload(http: httpx.Client, adapter_root: Path):
-    folder = adapter_root / "theirs"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text('{"name": "theirs"}')
+    folder = write_fake_adapter(adapter_root / "theirs", name="theirs")
     body = {"lora_name": "theirs", "lora_path": str(folder)}
     loaded = http.post("/v1/load_lora_adapter", json=body)
     assert (loaded.status_code, loaded.text) == (200, "Success: LoRA adapter 'theirs' added successfully.")
     again = http.post("/v1/load_lora_adapter", json=body)
     assert again.status_code == 400 and "already been loaded" in again.json()["error"]["message"]
-    (folder / "adapter_config.json").write_text('{"name": "theirs", "better": 1}')
+    write_fake_adapter(folder, name="theirs", better=1)
     assert http.post("/v1/load_lora_adapter", json={**body, "load_inplace": True}).status_code == 200
     assert http.get("/v1/adapters/theirs").json()["num_versions"] == 2
     assert http.post("/v1/unload_lora_adapter", json={"lora_name": "theirs"}).status_code == 200
@@ -119,5 +116,5 @@ def test_the_audit_is_read_page_by_page(http: httpx.Client):
     assert (first["data"][0]["action"], first["data"][0]["subject"]) == ("alias.delete", "shape@prod")
     assert first["has_more"] is True
     second = http.get("/v1/audit", params={"limit": 1, "before": first["data"][0]["id"]}).json()
-    assert second["data"][0]["action"] == "alias.move" and second["data"][0]["actor"] == "http"
+    assert second["data"][0]["action"] == "alias.move" and second["data"][0]["actor"] == "anyone"
     assert http.get("/v1/audit", params={"limit": 0}).status_code == 400

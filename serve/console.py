@@ -1,0 +1,28 @@
+"""What commands print, and how they end when they cannot go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def print_findings(console: Console, findings: Sequence[dict[str, Any]]) -> None:
+    if not findings:
+        return
+    table = Table("", "finding", "what it means, and what to do", show_lines=True)
+    colours = {"error": "red", "warning": "yellow", "note": "cyan"}
+    for finding in findings:
+        advice = f"[dim]{escape(finding['advice'])}[/]" if finding["advice"] else ""
+        said = "\n".join(filter(None, (escape(finding["message"]), advice)))
+        table.add_row(f"[{colours[finding['severity']]}]{finding['severity']}[/]", finding["code"], said)
+    console.print(table)
+
+
+def stop(console: Console, message: str) -> NoReturn:
+    console.print(f"[bold red]Error:[/] {message}", highlight=False)
+    raise typer.Exit(1)

@@ -1,0 +1,68 @@
+"""``Idempotency-Key``: a change that is sent twice, since its answer was lost, happens once and answers the same."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Awaitable, Callable
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from lora_runtime.errors import InvalidRequest
+from serve.registry.replies import Replies, Reply
+
+HEADER = "idempotency-key"
+REPLAYED = "Idempotent-Replayed"
+_SOUND = re.compile(r"[\x21-\x7e]{1,255}")
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def idempotent(replies: Replies) -> type[APIRoute]:
+    """A class of routes whose changes take an idempotency key. Only successes are kept: after an error, the same key
+    may try again."""
+
+    class IdempotentRoute(APIRoute):
+        def get_route_handler(self) -> Handler:  # type: ignore[override]
+            handle = super().get_route_handler()
+
+            async def once(request: Request) -> Response:
+                key = request.headers.get(HEADER)
+                if key is None or request.method == "GET":
+                    return await handle(request)
+                if not _SOUND.fullmatch(key):
+                    raise InvalidRequest("An idempotency key has 1 to 255 visible ASCII characters.", param=HEADER)
+                return await _once(replies, request, key, handle)
+
+            return once
+
+    return IdempotentRoute
+
+
+async def _once(replies: Replies, request: Request, key: str, handle: Handler) -> Response:
+    owner = request.state.identity.id
+    known = await asyncio.to_thread(replies.begin, owner, key, await _fingerprint(request))
+    if known is not None:
+        return Response(known.body, known.status, {REPLAYED: "true"}, known.content_type)
+    try:
+        response = await handle(request)
+    except BaseException:
+        await asyncio.shield(asyncio.to_thread(replies.forget, owner, key))
+        raise
+    reply = Reply(
+        status=response.status_code,
+        content_type=response.headers.get("content-type", ""),
+        body=bytes(response.body),
+    )
+    await asyncio.to_thread(replies.finish, owner, key, reply)
+    return response
+
+
+async def _fingerprint(request: Request) -> str:
+    """Of what is asked. An upload is too large to be read for it: its length stands for it."""
+    is_form = request.headers.get("content-type", "").startswith("multipart/")
+    content = request.headers.get("content-length", "").encode() if is_form else await request.body()
+    asked = f"{request.method} {request.url.path}?{request.url.query}\n".encode()
+    return hashlib.sha256(asked + content).hexdigest()
