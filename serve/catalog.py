@@ -59,6 +59,10 @@ class Catalog:
         """The version of an adapter that an alias or the beginning of one means. Raises NotFound."""
         return self._registered[self.adapter(name).name].version(version)
 
+    async def catch_up(self) -> None:
+        """Know what any gateway acknowledged before now, as far as the registry can be read."""
+        await self._follower.catch_up()
+
     async def preload(self, preload: Mapping[str, Path]) -> None:
         """Register what the configuration names."""
         for name, path in preload.items():

@@ -25,7 +25,7 @@ from serve.schemas.management import (
 def router(services: Services) -> APIRouter:
     routes = APIRouter(
         tags=["Adapters"],
-        dependencies=[needs(Scope.ADAPTERS), Depends(reaches_named)],
+        dependencies=[needs(Scope.ADAPTERS), Depends(reaches_named), Depends(services.catalog.catch_up)],
         route_class=idempotent(services.replies),
     )
     catalog = services.catalog

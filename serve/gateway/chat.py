@@ -32,7 +32,7 @@ def router(services: Services) -> APIRouter:
 
     @routes.post("/v1/chat/completions", response_model=ChatAnswer, summary="Answer a conversation, with images")
     async def chat(body: ChatRequest, request: Request, identity: Who) -> Response:
-        target = services.target(body, identity)
+        target = await services.target(body, identity)
         request.state.model = target.label
         sampling = body.sampling()
         prompt = body.prompt(await services.images.fetch_all(body.urls()))

@@ -23,7 +23,7 @@ def router(services: Services) -> APIRouter:
 
     @routes.post("/v1/classify", summary="Exact label probabilities from an adapter's classification head")
     async def classify(body: ClassifyBody, request: Request, response: Response, identity: Who) -> ClassifyAnswer:
-        target = services.target(body, identity)
+        target = await services.target(body, identity)
         request.state.model = target.label
         call = ClassifyRequest(
             request_id=request.state.request_id,

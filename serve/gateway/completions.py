@@ -25,7 +25,7 @@ def router(services: Services) -> APIRouter:
 
     @routes.post("/v1/completions", response_model=CompletionAnswer, summary="Continue a text")
     async def complete(body: CompletionRequest, request: Request, identity: Who) -> Response:
-        target = services.target(body, identity)
+        target = await services.target(body, identity)
         request.state.model = target.label
         sampling, prompts = body.sampling(), body.prompts()
         if body.stream and len(prompts) > 1:

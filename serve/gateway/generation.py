@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from lora_runtime.engine.protocol import GenerateRequest, Prompt, Sampling, Token, TokenEvent, Usage
-from lora_runtime.errors import DeadlineExceeded, EngineFault, LoomError
+from lora_runtime.errors import DeadlineExceeded, EngineFault, LoomError, NotFound
 from lora_runtime.store.protocol import Store
 from serve.catalog import Catalog
 from serve.engine_client import EngineClient, Events
@@ -59,8 +59,18 @@ class Services:
     isolates_caches: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
 
-    def target(self, body: common.TargetedBody, identity: Identity) -> Target:
-        """What the request means by its model, for one who reaches so far. Raises CallerErrors."""
+    async def target(self, body: common.TargetedBody, identity: Identity) -> Target:
+        """What the request means by its model, for one who reaches so far. Raises CallerErrors.
+
+        A name that is not known may have been registered at another gateway just now: the registry is asked, once.
+        """
+        try:
+            return self._resolved(body, identity)
+        except NotFound:
+            await self.catalog.catch_up()
+            return self._resolved(body, identity)
+
+    def _resolved(self, body: common.TargetedBody, identity: Identity) -> Target:
         return resolve(body.model, body.members(), self.base_name, Reachable(self.catalog.registered, identity))
 
     def cache_scope(self, identity: Identity) -> str:

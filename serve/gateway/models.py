@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from serve.gateway.access import Reachable, Who, needs
 from serve.gateway.generation import Services
@@ -13,7 +13,7 @@ from serve.targets import canonical, parse, resolve
 
 
 def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["OpenAI"], dependencies=[needs(Scope.ADAPTERS, Scope.INFER)])
+    routes = APIRouter(tags=["OpenAI"], dependencies=[needs(Scope.ADAPTERS, Scope.INFER), Depends(services.catalog.catch_up)])
     catalog = services.catalog
 
     @routes.get("/v1/models", summary="The base and every adapter")

@@ -145,6 +145,8 @@ def test_what_dies_in_turn_under_load_is_survived(cluster: Cluster, service: Ser
     threads = load.run()
     time.sleep(3)
     assert not load.failures and load.num_right > 20 and load.written
+    for _ in range(20):  # whichever gateway registered it and whichever is asked
+        assert httpx.get(f"{service.url}/v1/adapters/{load.written[-1]}", timeout=30).status_code == 200
 
     def cut_connections() -> None:
         """Every connection to the registry dies, and it takes no more for three seconds."""
