@@ -6,24 +6,32 @@ from datetime import timedelta
 
 from fastapi import FastAPI
 
+from serve.assigner import Assigner
 from serve.catalog import Catalog
 from serve.config import Settings
 from serve.engine_client import EngineClient
+from serve.experimentation import Experimentation
+from serve.experiments.recorder import Recorder
 from serve.follower import Follower
 from serve.gateway.app import create_app
 from serve.gateway.fetching import ImageFetcher
 from serve.gateway.generation import Services
+from serve.gateway.shadowing import Shadows
 from serve.identity import KeyRing
 from serve.limits import KeyLimits
 from serve.logs import configure
 from serve.registry.database import Database
+from serve.registry.evidence import EvidenceReader
+from serve.registry.experiments import Experiments
 from serve.registry.garbage import Garbage
 from serve.registry.keys import Keys
 from serve.registry.replies import Replies
 from serve.registry.repository import Repository
+from serve.registry.trials import Trials
 from serve.storage import store_of
 from serve.telemetry import Metrics
 from serve.tracing import Tracing
+from serve.watch import Watch
 
 
 def gateway_app(settings: Settings, engines: EngineClient) -> FastAPI:
@@ -35,11 +43,39 @@ def gateway_app(settings: Settings, engines: EngineClient) -> FastAPI:
     follower = Follower(repository.revision)
     keys = KeyRing(Keys(database).all, is_required=settings.auth.required)
     follower.add(keys.reload)
+    catalog = Catalog(repository, engines, store, follower, base_name=settings.base.name)
+    metrics = Metrics(settings.telemetry.adapter_labels)
+    experiments, trials = Experiments(database), Trials(database)
+    assigner = Assigner(
+        experiments,
+        catalog,
+        follower,
+        base_name=settings.base.name,
+        unit_secret=settings.experiments.unit_secret.get_secret_value(),
+    )
+    recorder = Recorder(trials.add)
+    experimentation = Experimentation(
+        experiments,
+        trials,
+        EvidenceReader(database),
+        repository,
+        catalog,
+        assigner,
+        engines,
+        follower,
+        recorder,
+        settings.experiments,
+        base_name=settings.base.name,
+    )
     services = Services(
-        catalog=Catalog(repository, engines, store, follower, base_name=settings.base.name),
+        catalog=catalog,
         engines=engines,
-        metrics=Metrics(settings.telemetry.adapter_labels),
+        metrics=metrics,
         store=store,
+        assigner=assigner,
+        experiments=experimentation,
+        recorder=recorder,
+        shadows=Shadows(engines, recorder, metrics, at_once=settings.experiments.shadows_at_once),
         replies=Replies(database),
         images=ImageFetcher(settings.images),
         garbage=Garbage(database, store, timedelta(seconds=settings.store.grace_s)),
@@ -53,6 +89,7 @@ def gateway_app(settings: Settings, engines: EngineClient) -> FastAPI:
         keys,
         KeyLimits(settings.auth.rates),
         Tracing(settings.telemetry, "gateway"),
+        Watch(assigner, experimentation, every_s=settings.experiments.look_every_s),
         max_header_bytes=settings.server.max_header_bytes,
         max_body_bytes=settings.server.max_body_bytes,
         max_upload_bytes=settings.adapters.max_bytes,

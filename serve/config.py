@@ -15,7 +15,9 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    SecretStr,
     ValidationError,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -180,6 +182,25 @@ class AdapterSettings(_Section):
         return value
 
 
+class ExperimentSettings(_Section):
+    """``headers`` and ``metadata``: names that conditions of experiments may ask for. ``unit_secret``: keys what is
+    stored of units, so that who reads the database cannot try out users' names.
+
+    Every ``look_every_s`` the results are looked at, for guardrails, ramps and the pictures. ``shadows_at_once``:
+    copies of requests that a gateway has under way at most; 0 for none.
+    """
+
+    headers: tuple[str, ...] = ()
+    metadata: tuple[str, ...] = ()
+    unit_secret: SecretStr = SecretStr("")
+    look_every_s: PositiveFloat = 30.0
+    shadows_at_once: int = Field(default=2, ge=0)
+
+    @field_serializer("unit_secret", when_used="json")
+    def _reveal(self, value: SecretStr) -> str:
+        return value.get_secret_value()  # settings travel to replicas as JSON, and are printed as text only
+
+
 class TelemetrySettings(_Section):
     """``otlp_endpoint``: a collector's address for traces (``http://collector:4318/v1/traces``), ``trace_share`` of
     requests are traced. ``adapter_labels``: adapters that metrics name; further ones are counted as "other"."""
@@ -206,6 +227,7 @@ class Settings(BaseSettings):
     auth: AuthSettings = AuthSettings()
     store: StoreSettings = StoreSettings()
     adapters: AdapterSettings = AdapterSettings()
+    experiments: ExperimentSettings = ExperimentSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     state_dir: Path = Path(".loom")
 

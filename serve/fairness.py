@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -27,7 +27,8 @@ class FairQueue:
     The next turn is the waiting tenant's that has the fewest inside, and of equals the one's whose last turn is
     longest ago (max-min fairness). When all places to wait are taken, a newcomer takes that of the last arrival of
     whoever has most waiting, if that is more than its own (longest queue drop: Suter et al., INFOCOM 1998).
-    Used from one event loop.
+    Spare requests are inside while more than half of all places are free, and are given up when anybody else has to
+    wait. Used from one event loop.
     """
 
     def __init__(self, width: int, max_waiting: int) -> None:
@@ -37,6 +38,7 @@ class FairQueue:
         self._waiting: dict[str, deque[_Waiter]] = {}
         self._last_turn: dict[str, int] = {}
         self._turns = count(1)
+        self._spare: dict[asyncio.Event, int] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -44,7 +46,7 @@ class FairQueue:
 
     @property
     def num_inside(self) -> int:
-        return self._inside.total()
+        return self._inside.total() + sum(self._spare.values())
 
     @asynccontextmanager
     async def turn(self, tenant: str, cost: int = 1) -> AsyncIterator[None]:
@@ -52,6 +54,8 @@ class FairQueue:
         waiter = _Waiter(tenant, cost)
         self._join(waiter)
         self._grant()
+        if not waiter.granted.done():
+            self._give_up_spare()
         try:
             await waiter.granted
         except BaseException:
@@ -61,6 +65,25 @@ class FairQueue:
             yield
         finally:
             self._leave(waiter)
+
+    @contextmanager
+    def spare(self, cost: int = 1) -> Iterator[asyncio.Event]:
+        """Be inside for as long as nobody else needs the places: the event is set when it is time to leave.
+
+        Raises Overloaded, and never waits, where half of all places would be taken."""
+        if self._waiting or 2 * (self.num_inside + cost) > self._width:
+            raise Overloaded("There is no room to spare.", retry_after_s=RETRY_S)
+        given_up = asyncio.Event()
+        self._spare[given_up] = cost
+        try:
+            yield given_up
+        finally:
+            del self._spare[given_up]
+            self._grant()
+
+    def _give_up_spare(self) -> None:
+        for given_up in self._spare:
+            given_up.set()
 
     def _join(self, waiter: _Waiter) -> None:
         mine = self._waiting.get(waiter.tenant, ())

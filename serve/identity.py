@@ -9,16 +9,18 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from types import MappingProxyType
+from typing import TypeVar
 
 from lora_runtime.errors import CallerError
 
 _KEY = re.compile(r"loom_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
+T = TypeVar("T")
 _NO_DIGEST = "0" * 64
 
 
@@ -71,6 +73,25 @@ class Identity:
         """Raises Forbidden where the adapter ``name`` may not be managed."""
         if not self.may_use(name):
             raise Forbidden(f"This API key does not reach an adapter '{name[:128]}'.", param="name")
+
+
+class Reachable(Mapping[str, T]):
+    """Things by the name of their adapter, those that ``identity`` may name; the others are not there."""
+
+    def __init__(self, things: Mapping[str, T], identity: Identity) -> None:
+        self._things = things
+        self._identity = identity
+
+    def __getitem__(self, name: str) -> T:
+        if not self._identity.may_use(name):
+            raise KeyError(name)
+        return self._things[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._things if self._identity.may_use(name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 ANYONE = Identity(id="", name="anyone", scopes=frozenset(Scope))

@@ -22,7 +22,7 @@ from lora_runtime.engine.protocol import (
     GenerateRequest,
     TokenEvent,
 )
-from lora_runtime.errors import DeadlineExceeded, LoomError
+from lora_runtime.errors import DeadlineExceeded, LoomError, Overloaded
 from lora_runtime.store.factory import local_path
 from serve.background import ended
 from serve.config import Settings
@@ -63,9 +63,11 @@ class EngineReplica:
         """Events in lists: what came while the last list travelled goes out together."""
         has_begun = False
         with self._traced("engine.generate", request) as span:
-            async with self._turn(request, request.sampling.n, span) as placed:
+            async with self._turn(request, request.sampling.n, span) as (placed, given_up):
                 async with aclosing(coalesced(self._engine.generate(placed))) as batches:
                     async for events in batches:
+                        if given_up.is_set():
+                            raise Overloaded("A spare request was given up for others.", retry_after_s=1)
                         if not has_begun:
                             span.add_event("first tokens")
                             has_begun = True
@@ -73,7 +75,7 @@ class EngineReplica:
 
     async def classify(self, request: ClassifyRequest) -> Classification:
         with self._traced("engine.classify", request) as span:
-            async with self._turn(request, 1, span) as placed:
+            async with self._turn(request, 1, span) as (placed, _):
                 return await self._engine.classify(placed)
 
     async def prefetch(self, adapter: AdapterRef) -> None:
@@ -112,11 +114,13 @@ class EngineReplica:
             span.end()
 
     @asynccontextmanager
-    async def _turn(self, request: Request, cost: int, span: Span) -> AsyncIterator[Request]:
-        """The request as the engine takes it: files at hand, its turn come, and the time that is left.
+    async def _turn(self, request: Request, cost: int, span: Span) -> AsyncIterator[tuple[Request, asyncio.Event]]:
+        """The request as the engine takes it: files at hand, its turn come, and the time that is left; and an event
+        that is set when it is to be given up, as only spare ones are.
 
         Raises Overloaded, DeadlineExceeded, and as ``LocalCopies.folder_of``.
         """
+        given_up = asyncio.Event()
         begun = time.monotonic()
         tenant = "+".join(sorted(ref.version for ref in request.adapters))
         async with AsyncExitStack() as stack:
@@ -124,12 +128,15 @@ class EngineReplica:
                 async with asyncio.timeout(request.timeout_s):
                     # Before its turn, so that nobody waits behind a slow bucket.
                     adapters = await asyncio.gather(*(self._brought(ref) for ref in request.adapters))
-                    await stack.enter_async_context(self._turns.turn(tenant, cost))
+                    if request.is_spare:
+                        given_up = stack.enter_context(self._turns.spare(cost))
+                    else:
+                        await stack.enter_async_context(self._turns.turn(tenant, cost))
                     span.add_event("turn")
             except TimeoutError as error:
                 raise DeadlineExceeded("The request ran out of time waiting for its turn.", retry_after_s=1) from error
             left = None if request.timeout_s is None else request.timeout_s - (time.monotonic() - begun)
-            yield replace(request, adapters=tuple(adapters), timeout_s=left)
+            yield replace(request, adapters=tuple(adapters), timeout_s=left), given_up
 
     async def _brought(self, ref: AdapterRef) -> AdapterRef:
         """The same adapter, where its files are a folder of this machine. Raises as ``LocalCopies.folder_of``."""

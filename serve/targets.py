@@ -19,9 +19,11 @@ from lora_runtime.engine.protocol import AdapterRef
 from lora_runtime.errors import InvalidCombination, InvalidRequest, NotFound
 from serve.registry.records import SHOWN
 
+BASE = "@base"
+"""The base, whatever it is called here; no adapter can have this name."""
 MAX_MEMBERS = 16
 MAX_WEIGHT = 1e4
-MAX_LENGTH = 2048
+MAX_LENGTH = 4096
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ALIAS = re.compile(r"(?![0-9a-fA-F]+$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """No alias reads like the beginning of a version."""
@@ -81,6 +83,16 @@ class Target:
     label: str
     adapters: tuple[AdapterRef, ...]
 
+    @property
+    def exact(self) -> str:
+        """A spelling that means the same content ever after; :func:`exact_members` reads it."""
+        return canonical([Member(ref.name, ref.version, ref.weight) for ref in self.adapters]) or BASE
+
+    @property
+    def served(self) -> str:
+        """As :attr:`exact`, with versions shortened for people, and the base by its name."""
+        return canonical([Member(ref.name, ref.version[:SHOWN], ref.weight) for ref in self.adapters]) or self.label
+
 
 def parse(text: str) -> tuple[Member, ...]:
     """Members of a model string other than the base's name. Raises InvalidRequest or InvalidCombination."""
@@ -100,6 +112,11 @@ def parse(text: str) -> tuple[Member, ...]:
         position = match.end()
         if not match["end"]:
             return check_members(members)
+
+
+def exact_members(exact: str) -> tuple[Member, ...]:
+    """Members of :attr:`Target.exact`; none for the base."""
+    return () if exact == BASE else parse(exact)
 
 
 def check_members(members: Sequence[Member]) -> tuple[Member, ...]:
@@ -135,9 +152,13 @@ def resolve(
     elif model is None:
         raise InvalidRequest("Name a model, or list 'adapters'.", param="model")
     else:
-        members = () if model.strip() == base else parse(model)
-    refs = tuple(_ref(member, base, registered) for member in members)
-    return Target(canonical(members) or base, refs)
+        members = () if model.strip() in (base, BASE) else parse(model)
+    return target_of(members, canonical(members) or base, base, registered)
+
+
+def target_of(members: Sequence[Member], label: str, base: str, registered: Mapping[str, Registered]) -> Target:
+    """What ``members`` are, under the name ``label``. Raises NotFound naming near ones."""
+    return Target(label, tuple(_ref(member, base, registered) for member in members))
 
 
 def _ref(member: Member, base: str, registered: Mapping[str, Registered]) -> AdapterRef:

@@ -46,6 +46,18 @@ class Metrics:
             registry=self._registry,
         )
         self._tokens = Counter("loom_tokens", "Tokens by kind", ["kind", "target"], registry=self._registry)
+        self._variants = Counter(
+            "loom_variant_requests",
+            "Requests that an experiment answered",
+            ["experiment", "variant", "assignment"],
+            registry=self._registry,
+        )
+        self._shadows = Counter(
+            "loom_shadow_requests",
+            "Copies for shadow arms: answered, dropped for want of room, or failed",
+            ["experiment", "variant", "outcome"],
+            registry=self._registry,
+        )
         self._engine = Gauge(
             "loom_engine", "State and counters of all engine replicas together", ["value"], registry=self._registry
         )
@@ -66,6 +78,14 @@ class Metrics:
         self._tokens.labels("completion", name).inc(usage.completion_tokens)
         if usage.completion_tokens > 1:
             self._each.labels(name).observe(decoding_s / (usage.completion_tokens - 1))
+
+    def assigned(self, experiment: str, variant: str, kind: str) -> None:
+        """One request of an experiment was dispatched. Only people with keys for it name experiments."""
+        self._variants.labels(experiment, variant, kind).inc()
+
+    def mirrored(self, experiment: str, variant: str, outcome: str) -> None:
+        """One copy for a shadow arm came to an end."""
+        self._shadows.labels(experiment, variant, outcome).inc()
 
     def exposition(self, engines: Sequence[EngineStats]) -> bytes:
         """Prometheus text; engine values are sums over ``engines``."""

@@ -111,11 +111,12 @@ class FakeEngine:
         if self._running >= self._config.max_running:
             raise Overloaded("The engine is full; try again shortly.", retry_after_s=1)
         self._running += 1
+        was_cold = not self._used.keys() >= {ref.version for ref in request.adapters}
         self._used.update(dict.fromkeys(ref.version for ref in request.adapters))
         deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s
         is_finished = False
         try:
-            async for event in self._events(request, words, deadline):
+            async for event in self._events(request, words, deadline, was_cold):
                 yield event
             is_finished = True
         finally:
@@ -162,7 +163,7 @@ class FakeEngine:
         """Always healthy."""
 
     async def _events(
-        self, request: GenerateRequest, words: list[str], deadline: float | None
+        self, request: GenerateRequest, words: list[str], deadline: float | None, was_cold: bool
     ) -> AsyncIterator[TokenEvent]:
         sampling = request.sampling
         wanted = min(sampling.max_tokens or len(words), self._config.max_model_len)
@@ -182,12 +183,13 @@ class FakeEngine:
                 reason: FinishReason | None = None
                 if is_end:
                     reason = "length" if sampling.max_tokens and not is_stop else "stop"
+                usage = Usage(prompt_tokens=len(words), completion_tokens=generated, was_cold=was_cold)
                 yield TokenEvent(
                     choice=choice,
                     text="" if is_stop else f"{word} ",
                     tokens=(_token(word, sampling.logprobs),),
                     finish_reason=reason,
-                    usage=Usage(prompt_tokens=len(words), completion_tokens=generated) if is_last else None,
+                    usage=usage if is_last else None,
                 )
                 if is_end:
                     break

@@ -102,7 +102,8 @@ class GenerateRequest:
     """One call. An empty ``adapters`` is the base; several are a combination (deltas add).
 
     ``cache_scope``: only requests of the same one share what an engine keeps of prompts. ``trace``: the caller's
-    span, as W3C's ``traceparent``; engines pass it by.
+    span, as W3C's ``traceparent``; engines pass it by. ``is_spare``: nobody waits for the answer, so it is given up
+    as soon as it is in anybody's way (see ``serve/fairness.py``); engines themselves treat it as any other.
     """
 
     request_id: str
@@ -112,6 +113,7 @@ class GenerateRequest:
     timeout_s: float | None = None
     cache_scope: str = ""
     trace: str = ""
+    is_spare: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,7 @@ class ClassifyRequest:
     timeout_s: float | None = None
     cache_scope: str = ""
     trace: str = ""
+    is_spare: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,8 +151,11 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
+    """``was_cold``: when the request came, some adapter of it was in no slot, and had to be loaded first."""
+
     prompt_tokens: int
     completion_tokens: int
+    was_cold: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
 from serve.identity import Identity, Scope
-from serve.targets import Registered
 
 
 def who(request: Request) -> Identity:
@@ -33,22 +31,3 @@ def reaches_named(request: Request, identity: Who) -> None:
     """A dependency that refuses, with 403, a key that does not reach the adapter that the path names."""
     if (name := request.path_params.get("name")) is not None:
         identity.check_adapter(name)
-
-
-class Reachable(Mapping[str, Registered]):
-    """The adapters that ``identity`` may name; the others are not there."""
-
-    def __init__(self, registered: Mapping[str, Registered], identity: Identity) -> None:
-        self._registered = registered
-        self._identity = identity
-
-    def __getitem__(self, name: str) -> Registered:
-        if not self._identity.may_use(name):
-            raise KeyError(name)
-        return self._registered[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._registered if self._identity.may_use(name))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from serve.follower import Follower
-from serve.gateway import adapters, chat, classify, completions, health, management, models
+from serve.gateway import adapters, chat, classify, completions, experiments, health, management, models, pages
 from serve.gateway.errors import install_handlers
 from serve.gateway.generation import Services
 from serve.gateway.housekeeping import Housekeeping
@@ -25,6 +25,7 @@ from serve.identity import KeyRing
 from serve.limits import KeyLimits
 from serve.schemas.common import ErrorBody
 from serve.tracing import Tracing
+from serve.watch import Watch
 
 DESCRIPTION = (
     "OpenAI's API over one Qwen2-VL base, many adapters, and weighted combinations of them: "
@@ -38,6 +39,7 @@ def create_app(
     keys: KeyRing,
     limits: KeyLimits,
     tracing: Tracing,
+    watch: Watch,
     *,
     max_header_bytes: int,
     max_body_bytes: int,
@@ -56,8 +58,13 @@ def create_app(
         await follower.start()
         await services.catalog.preload(preload)
         housekeeping = Housekeeping(services.garbage.collect, every_s=collect_every_s)
+        services.recorder.start()
+        watch.start()
         yield
+        await watch.stop()
         await housekeeping.stop()
+        await services.shadows.stop()
+        await services.recorder.stop()
         await services.images.close()
         tracing.close()
         await follower.stop()
@@ -68,8 +75,9 @@ def create_app(
     app = FastAPI(
         title="Loom", description=DESCRIPTION, version="1", lifespan=lifespan, redoc_url=None, responses=refused
     )
-    for routes in (chat, completions, classify, models, adapters, management, health):
+    for routes in (chat, completions, classify, models, adapters, experiments, management, pages, health):
         app.include_router(routes.router(services))
+    app.include_router(experiments.feedback_router(services))
     install_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=max_body_bytes, max_upload_bytes=max_upload_bytes)
     app.add_middleware(IdentityMiddleware, keys=keys, limits=limits)

@@ -32,14 +32,12 @@ def router(services: Services) -> APIRouter:
 
     @routes.post("/v1/chat/completions", response_model=ChatAnswer, summary="Answer a conversation, with images")
     async def chat(body: ChatRequest, request: Request, identity: Who) -> Response:
-        target = await services.target(body, identity)
-        request.state.model = target.label
+        dispatch = await services.dispatch(body, request, identity)
         sampling = body.sampling()
         prompt = body.prompt(await services.images.fetch_all(body.urls()))
-        request_id = request.state.request_id
-        generation = await services.start(ROUTE, request_id, identity, target, prompt, sampling)
-        shared: dict[str, Any] = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": target.label}
-        headers = {"X-Model-Served": target.label}
+        generation = await services.start(ROUTE, identity, dispatch, prompt, sampling)
+        headers, model = dispatch.headers, dispatch.target.label
+        shared: dict[str, Any] = {"id": f"chatcmpl-{dispatch.request_id}", "created": int(time.time()), "model": model}
         with_logprobs = sampling.logprobs is not None
         if body.stream:
             chunks = _Chunks(shared, with_logprobs)

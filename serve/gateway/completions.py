@@ -25,24 +25,21 @@ def router(services: Services) -> APIRouter:
 
     @routes.post("/v1/completions", response_model=CompletionAnswer, summary="Continue a text")
     async def complete(body: CompletionRequest, request: Request, identity: Who) -> Response:
-        target = await services.target(body, identity)
-        request.state.model = target.label
         sampling, prompts = body.sampling(), body.prompts()
         if body.stream and len(prompts) > 1:
             raise InvalidRequest("A stream takes one prompt; send several requests.", param="prompt")
-        request_id = request.state.request_id
-        shared: dict[str, Any] = {"id": f"cmpl-{request_id}", "created": int(time.time()), "model": target.label}
-        headers = {"X-Model-Served": target.label}
+        dispatch = await services.dispatch(body, request, identity, parts=len(prompts))
+        request_id, model = dispatch.request_id, dispatch.target.label
+        shared: dict[str, Any] = {"id": f"cmpl-{request_id}", "created": int(time.time()), "model": model}
         with_logprobs = sampling.logprobs is not None
         if body.stream:
-            generation = await services.start(ROUTE, request_id, identity, target, prompts[0], sampling)
+            generation = await services.start(ROUTE, identity, dispatch, prompts[0], sampling)
             closing = _usage_chunk(shared) if body.wants_usage else None
-            return event_stream(generation, (), _event_chunk(shared, with_logprobs), closing, headers)
+            return event_stream(generation, (), _event_chunk(shared, with_logprobs), closing, dispatch.headers)
 
         async def one(number: int) -> tuple[Generation, list[CompletionChoice]]:
-            generation = await services.start(
-                ROUTE, f"{request_id}-{number}", identity, target, prompts[number], sampling
-            )
+            part = f"-{number}"
+            generation = await services.start(ROUTE, identity, dispatch, prompts[number], sampling, part=part)
             choices = [
                 CompletionChoice(
                     index=number * sampling.n + index,
@@ -57,7 +54,7 @@ def router(services: Services) -> APIRouter:
         done = await together(one(number) for number in range(len(prompts)))
         choices = [choice for _, found in done for choice in found]
         answer = CompletionAnswer(**shared, choices=choices, usage=total(g.usage for g, _ in done))
-        return JSONResponse(answer.model_dump(), headers=headers)
+        return JSONResponse(answer.model_dump(), headers=dispatch.headers)
 
     return routes
 

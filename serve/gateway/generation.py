@@ -10,22 +10,27 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from lora_runtime.engine.protocol import GenerateRequest, Prompt, Sampling, Token, TokenEvent, Usage
 from lora_runtime.errors import DeadlineExceeded, EngineFault, LoomError, NotFound
 from lora_runtime.store.protocol import Store
+from serve.assigner import Assigner
 from serve.catalog import Catalog
 from serve.engine_client import EngineClient, Events
-from serve.gateway.access import Reachable
+from serve.experimentation import Experimentation
+from serve.experiments.recorder import Recorder
 from serve.gateway.errors import CLIENT_LEFT, error_body
 from serve.gateway.fetching import ImageFetcher
-from serve.identity import Identity
+from serve.gateway.shadowing import Shadows
+from serve.gateway.trial import Dispatch, forced_variant, subject_of
+from serve.identity import Identity, Reachable
 from serve.registry.garbage import Garbage
 from serve.registry.replies import Replies
 from serve.schemas import common
-from serve.targets import Target, resolve
+from serve.targets import resolve
 from serve.telemetry import Metrics
 from serve.tracing import traceparent
 
@@ -54,75 +59,119 @@ class Services:
     garbage: Garbage
     replies: Replies
     images: ImageFetcher
+    assigner: Assigner
+    experiments: Experimentation
+    recorder: Recorder
+    shadows: Shadows
     base_name: str
     timeout_s: float
     isolates_caches: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
 
-    async def target(self, body: common.TargetedBody, identity: Identity) -> Target:
-        """What the request means by its model, for one who reaches so far. Raises CallerErrors.
+    async def dispatch(
+        self, body: common.TargetedBody, request: Request, identity: Identity, *, parts: int = 1
+    ) -> Dispatch:
+        """What the request means by its model, for one who reaches so far: a target, or an alias, whose experiment
+        gives it an arm. Raises CallerErrors.
 
         A name that is not known may have been registered at another gateway just now: the registry is asked, once.
         """
         try:
-            return self._resolved(body, identity)
+            found = self._dispatched(body, request, identity)
         except NotFound:
             await self.catalog.catch_up()
-            return self._resolved(body, identity)
+            found = self._dispatched(body, request, identity)
+        found.parts = parts
+        request.state.model, request.state.variant = found.target.label, found.variant
+        return found
 
-    def _resolved(self, body: common.TargetedBody, identity: Identity) -> Target:
-        return resolve(body.model, body.members(), self.base_name, Reachable(self.catalog.registered, identity))
+    def _dispatched(self, body: common.TargetedBody, request: Request, identity: Identity) -> Dispatch:
+        request_id, name = request.state.request_id, (body.model or "").strip()
+        if body.adapters is None and name in self.assigner.aliases and identity.may_use(name):
+            metadata, has_image = body.metadata or {}, body.has_images
+            subject = subject_of(
+                request,
+                identity,
+                metadata=metadata,
+                safety_identifier=body.safety_identifier,
+                user=body.user,
+                has_image=has_image,
+            )
+            assigned = self.assigner.assign(name, subject, forced=forced_variant(request, identity))
+            if assigned is not None:
+                return Dispatch(request_id, identity.id, assigned.target, assigned, self.recorder)
+        reachable = Reachable(self.catalog.registered, identity)
+        return Dispatch(request_id, identity.id, resolve(body.model, body.members(), self.base_name, reachable))
 
     def cache_scope(self, identity: Identity) -> str:
         """Whose prompts an engine may find again for this one: everyone's, or the API key's own."""
         return identity.id if self.isolates_caches else ""
 
     async def start(
-        self, route: str, request_id: str, identity: Identity, target: Target, prompt: Prompt, sampling: Sampling
+        self, route: str, identity: Identity, dispatch: Dispatch, prompt: Prompt, sampling: Sampling, *, part: str = ""
     ) -> Generation:
-        """Send a request and wait for its first events, so that what goes wrong until then has a status code."""
-        request = GenerateRequest(
-            request_id=request_id,
-            prompt=prompt,
-            adapters=target.adapters,
-            sampling=sampling,
-            timeout_s=self.timeout_s,
-            cache_scope=self.cache_scope(identity),
-            trace=traceparent(),
-        )
-        generation = Generation(self, route, target, self.engines.generate(request))
-        await generation.wait_for_first()
-        return generation
+        """Send a request and wait for its first events, so that what goes wrong until then has a status code, and an
+        arm that cannot serve is left for what the alias means."""
+        while True:
+            target = dispatch.target
+            request = GenerateRequest(
+                request_id=dispatch.request_id + part,
+                prompt=prompt,
+                adapters=target.adapters,
+                sampling=sampling,
+                timeout_s=self.timeout_s,
+                cache_scope=self.cache_scope(identity),
+                trace=traceparent(),
+            )
+            dispatch.dispatched()
+            generation = Generation(self, route, dispatch, request)
+            try:
+                await generation.wait_for_first()
+            except LoomError as error:
+                if dispatch.falls_back(error, target):
+                    continue
+                self.begins(dispatch)
+                generation.end(error_body(error)[0])
+                raise
+            self.begins(dispatch)
+            return generation
+
+    def begins(self, dispatch: Dispatch) -> None:
+        """The answer begins, or it is known that there will be none."""
+        if dispatch.answering() and dispatch.variant is not None:
+            self.metrics.assigned(*dispatch.variant)
 
 
 class Generation:
     """Events of one request, with its measurements. Iterate once; closing it cancels the request."""
 
-    def __init__(self, services: Services, route: str, target: Target, events: AsyncIterator[Events]) -> None:
+    def __init__(self, services: Services, route: str, dispatch: Dispatch, request: GenerateRequest) -> None:
         self._services = services
         self._route = route
-        self._target = target
-        self._events = events
+        self._dispatch = dispatch
+        self._target = dispatch.target
+        self._request = request
+        self._events: AsyncIterator[Events] = services.engines.generate(request)
         self._first: Events = []
         self._begun = time.monotonic()
-        self._first_at = self._begun
+        self._first_at: float | None = None
+        self._last_at = self._begun
+        self._mirrored: list[str] | None = [] if dispatch.parts == 1 and services.shadows.wants(dispatch) else None
         self.usage = Usage(prompt_tokens=0, completion_tokens=0)
 
     async def wait_for_first(self) -> None:
-        """Raises whatever the engine raises before its first events."""
+        """Raises whatever the engine raises before its first events; the caller says then how it ended."""
         try:
             async with asyncio.timeout(self._services.timeout_s):
                 self._first = await anext(self._events)
         except TimeoutError as error:
-            self._end(504)
             raise DeadlineExceeded("The engine gave no answer in time.", retry_after_s=1) from error
         except StopAsyncIteration as error:
-            self._end(500)
             raise EngineFault("The engine ended the request without an answer.") from error
-        except LoomError as error:
-            self._end(error_body(error)[0])
+        except asyncio.CancelledError:
+            self.end(CLIENT_LEFT)
             raise
-        self._first_at = time.monotonic()
+        self._first_at = self._last_at = time.monotonic()
         self._services.metrics.first_token(self._target, self._first_at - self._begun)
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
@@ -142,7 +191,7 @@ class Generation:
             closing = getattr(self._events, "aclose", None)
             if closing is not None:
                 await closing()
-            self._end(status)
+            self.end(status)
 
     async def whole(self) -> dict[int, Choice]:
         """Every choice, complete."""
@@ -156,14 +205,25 @@ class Generation:
         return dict(sorted(choices.items()))
 
     def _seen(self, event: TokenEvent) -> TokenEvent:
+        if self._mirrored is not None and event.choice == 0:
+            self._mirrored.append(event.text)
         if event.usage is not None:
+            self._last_at = time.monotonic()
             self.usage = event.usage
-            self._services.metrics.used(self._target, event.usage, time.monotonic() - self._first_at)
+            self._services.metrics.used(self._target, event.usage, self._decoding_s)
         return event
 
-    def _end(self, status: int) -> None:
-        seconds = time.monotonic() - self._begun
-        self._services.metrics.answered(self._route, self._target, status, seconds)
+    @property
+    def _decoding_s(self) -> float:
+        return 0.0 if self._first_at is None else self._last_at - self._first_at
+
+    def end(self, status: int) -> None:
+        """Count the request as ended so."""
+        self._services.metrics.answered(self._route, self._target, status, time.monotonic() - self._begun)
+        first_s = None if self._first_at is None else self._first_at - self._begun
+        self._dispatch.ended(status, first_s, self._decoding_s, self.usage)
+        if status == 200 and self._mirrored is not None:
+            self._services.shadows.mirror_generation(self._dispatch, self._request, "".join(self._mirrored))
 
 
 def total(usages: Iterable[Usage]) -> common.Usage:

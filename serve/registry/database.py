@@ -58,6 +58,13 @@ class Database:
         with self._locked(RevisionRow.number) as session:
             yield session
 
+    @contextmanager
+    def adding(self) -> Iterator[Session]:
+        """A transaction that only adds rows which nobody changes, or claims one; it waits for no writer's lock."""
+        with _translated(), Session(self._engine) as session:
+            yield session
+            session.commit()
+
     def close(self) -> None:
         self._engine.dispose()
 

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session, selectinload
 
 from lora_runtime.errors import Conflict, NotFound, StoreUnavailable
 from serve.registry.database import REVISION, Database
+from serve.registry.experiment_tables import UseRow
 from serve.registry.records import LATEST, SHOWN, AdapterRecord, AuditRecord, VersionRecord
 from serve.registry.tables import AdapterRow, AliasRow, AuditRow, GarbageRow, RevisionRow, VersionRow
 
@@ -43,9 +44,11 @@ class Repository:
                 found |= {row.name: _adapter(row) for row in session.scalars(whole.where(AdapterRow.name.in_(some)))}
             return {name: found[name] for name, _ in listed if name in found}
 
-    def audit(self, *, limit: int = 100, before: int | None = None) -> list[AuditRecord]:
-        """Changes, newest first; ``before`` an id, to page on."""
+    def audit(self, *, limit: int = 100, before: int | None = None, subject: str | None = None) -> list[AuditRecord]:
+        """Changes, newest first, of everything or of ``subject``; ``before`` an id, to page on."""
         wanted = select(AuditRow).order_by(AuditRow.id.desc()).limit(limit)
+        if subject is not None:
+            wanted = wanted.where(AuditRow.subject == subject)
         if before is not None:
             wanted = wanted.where(AuditRow.id < before)
         with self._database.reading() as session:
@@ -107,18 +110,21 @@ class Repository:
             return _adapter(adapter), is_new
 
     def remove(self, name: str, *, actor: str = "system") -> None:
-        """Forget an adapter with its versions and aliases; files stay. Raises NotFound."""
+        """Forget an adapter with its versions and aliases; files stay. Raises NotFound, or Conflict while it is
+        in use."""
         with self._database.changing() as session:
             adapter = _found(session, name)
+            _check_unused(session, name, None)
             note(session, actor, "adapter.delete", name, versions=[row.id for row in adapter.versions])
             session.flush()
             session.execute(delete(AdapterRow).where(AdapterRow.name == name))
 
     def remove_version(self, name: str, version: str, *, actor: str = "system") -> None:
-        """Forget one version. Raises NotFound, or Conflict while an alias names it."""
+        """Forget one version. Raises NotFound, or Conflict while an alias names it or it is in use."""
         with self._database.changing() as session:
             adapter = _found(session, name)
             _version(adapter, version)
+            _check_unused(session, name, version)
             adapter.revision = session.info[REVISION]
             if named := [alias.name for alias in adapter.aliases if alias.version == version]:
                 raise Conflict(
@@ -171,6 +177,15 @@ def _version(adapter: AdapterRow, version: str) -> VersionRow:
     if row is None:
         raise NotFound(f"'{adapter.name}' has no version '{version[:SHOWN]}'.", near=[])
     return row
+
+
+def _check_unused(session: Session, name: str, version: str | None) -> None:
+    wanted = select(UseRow.owner).where(UseRow.adapter == name).distinct().order_by(UseRow.owner)
+    owners = list(session.scalars(wanted if version is None else wanted.where(UseRow.version == version)))
+    if owners:
+        shown = ", ".join(" ".join(owner.split("/", 1)) for owner in owners[:3])
+        what = name if version is None else f"{name}@{version[:SHOWN]}"
+        raise Conflict(f"'{what}' is what {shown} means. Move or end that first.", owners=owners)
 
 
 def _move(session: Session, adapter: AdapterRow, alias: str, version: str, actor: str) -> AliasRow:

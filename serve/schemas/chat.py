@@ -39,6 +39,10 @@ class ChatMessage(Body):
     content: str | list[Content]
     name: str | None = Field(default=None, max_length=128)
 
+    @property
+    def has_images(self) -> bool:
+        return any(isinstance(part, ImageContent) for part in self.content)
+
     def urls(self) -> Iterator[str]:
         """Of images that are to be fetched."""
         for part in self.content:
@@ -108,6 +112,10 @@ class ChatRequest(SampledBody):
             *(("response_format",) if asked_format else ()),
             *(() if only_text else ("modalities",)),
         )
+
+    @property
+    def has_images(self) -> bool:
+        return any(message.has_images for message in self.messages)
 
     def urls(self) -> list[str]:
         return [url for message in self.messages for url in message.urls()]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from lora_runtime.engine.protocol import Sampling
 from lora_runtime.errors import InvalidRequest
@@ -13,6 +13,11 @@ from serve.targets import NAME, Member
 MAX_N = 16
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256
+
+
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+"""As long as OpenAI allows."""
 
 
 class Body(BaseModel):
@@ -41,6 +46,13 @@ class TargetedBody(Body):
 
     model: str | None = Field(default=None, examples=["shape:0.7+french:0.3"])
     adapters: list[WeightedAdapter] | None = Field(default=None, max_length=64)
+    user: str | None = Field(default=None, max_length=512)
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
+    safety_identifier: str | None = Field(default=None, max_length=512)
+
+    @property
+    def has_images(self) -> bool:
+        return False
 
     def members(self) -> list[Member] | None:
         return None if self.adapters is None else [adapter.member() for adapter in self.adapters]
@@ -67,9 +79,6 @@ class SampledBody(TargetedBody):
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
 
-    user: str | None = Field(default=None, max_length=512)
-    metadata: dict[str, str] | None = Field(default=None, max_length=16)
-    safety_identifier: str | None = Field(default=None, max_length=512)
     service_tier: str | None = None
     store: bool | None = None
 

@@ -164,6 +164,10 @@ class ClassifyBody(TargetedBody):
             raise ValueError("give either 'messages' or 'input'")
         return self
 
+    @property
+    def has_images(self) -> bool:
+        return any(message.has_images for message in self.messages or ())
+
     def urls(self) -> list[str]:
         return [url for message in self.messages or () for url in message.urls()]
 

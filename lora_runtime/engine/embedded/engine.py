@@ -105,10 +105,11 @@ class EmbeddedEngine:
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         with self._admission():
             deadline = _deadline(request.timeout_s)
+            is_ready = self._loop.slots.holds_all(summed(request.adapters))
             prepared, weights = await self._prepare(request, deadline)
             max_tokens = room_for(len(prepared.ids), request.sampling.max_tokens, self._runner.max_model_len)
             job = self._job(request.request_id, prepared, request.adapters, weights, outcomes, deadline)
-            job.max_tokens = max_tokens
+            job.max_tokens, job.was_cold = max_tokens, not is_ready
             job.sequences = [self._sequence(job, request.sampling, choice) for choice in range(request.sampling.n)]
             self._loop.submit(job)
             try:
@@ -127,10 +128,12 @@ class EmbeddedEngine:
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         with self._admission():
             deadline = _deadline(request.timeout_s)
+            is_ready = self._loop.slots.holds_all(summed(request.adapters))
             prepared, weights = await self._prepare(request, deadline)
             room_for(len(prepared.ids), 0, self._runner.max_model_len)
             head = select_head(request.adapters, weights, request.head)
             job = self._job(request.request_id, prepared, request.adapters, weights, outcomes, deadline, head)
+            job.was_cold = not is_ready
             job.sequences = [self._sequence(job, Sampling(temperature=0.0), 0)]
             self._loop.submit(job)
             try:

@@ -41,6 +41,7 @@ class Job:
     num_finished: int = 0
     num_generated: int = 0
     is_over: bool = False
+    was_cold: bool = False
 
     def signature(self) -> Signature:
         """The target over slots; only under a lease."""
@@ -48,7 +49,7 @@ class Job:
         return tuple(sorted((self.lease.slots[version], weight) for version, weight in self.shares))
 
     def usage(self) -> Usage:
-        return Usage(prompt_tokens=len(self.prepared.ids), completion_tokens=self.num_generated)
+        return Usage(prompt_tokens=len(self.prepared.ids), completion_tokens=self.num_generated, was_cold=self.was_cold)
 
     def visual_signature(self) -> Signature:
         """The part of the target that an image's encoding depends on, over slots."""

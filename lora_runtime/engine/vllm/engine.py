@@ -172,9 +172,10 @@ class VllmEngine:
                     prepared, known = await self._prepare(request)
                     room = room_for(len(prepared.ids), request.sampling.max_tokens, self.info.max_model_len)
                     shares = summed(request.adapters)
+                    was_cold = not self._residency.is_ready(shares)
                     slots = await stack.enter_async_context(self._residency.held(_held(request.adapters, shares)))
                 binding = Binding(signature=_signature(slots, shares))
-                events = Events(self._token_text, len(prepared.ids), self._eos_ids)
+                events = Events(self._token_text, len(prepared.ids), self._eos_ids, was_cold=was_cold)
                 parameters = sampling_params(request.sampling, room)
                 stream = self._outputs(prepared, _visual(known, shares), shares, binding, parameters)
                 outputs = await stack.enter_async_context(aclosing(stream))
@@ -196,6 +197,7 @@ class VllmEngine:
         shares = summed(request.adapters)
         parameters = names.SamplingParams(max_tokens=1, temperature=0.0, logprobs=len(head.labels), ignore_eos=True)
         found: Mapping[int, Any] = {}
+        was_cold = not self._residency.is_ready(shares)
         async with self._residency.held(_held(request.adapters, shares)) as slots:
             binding = Binding(signature=_signature(slots, shares), head=head.name)
             stream = self._outputs(prepared, _visual(known, shares), shares, binding, parameters)
@@ -209,7 +211,7 @@ class VllmEngine:
             labels=head.labels,
             probabilities=tuple(math.exp(score) for score in scores),
             logits=scores,
-            usage=Usage(prompt_tokens=len(prepared.ids), completion_tokens=0),
+            usage=Usage(prompt_tokens=len(prepared.ids), completion_tokens=0, was_cold=was_cold),
         )
 
     async def prefetch(self, adapter: AdapterRef) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -43,6 +43,11 @@ class Residency:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    def is_ready(self, versions: Iterable[str]) -> bool:
+        """Whether all of ``versions`` are in slots, and filled."""
+        wanted = list(versions)
+        return self.table.holds_all(wanted) and not any(version in self._filling for version in wanted)
 
     @asynccontextmanager
     async def held(self, refs: Mapping[str, AdapterRef]) -> AsyncIterator[Mapping[str, int]]:

@@ -76,9 +76,12 @@ def _placeholders(prepared: Prepared, images: ImageProcessor) -> Iterator[Any]:
 
 
 class Events:
-    """One request's outputs as events."""
+    """One request's outputs as events. ``was_cold``: as ``Usage`` has it."""
 
-    def __init__(self, token_text: TokenText, prompt_tokens: int, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self, token_text: TokenText, prompt_tokens: int, eos_ids: frozenset[int], *, was_cold: bool = False
+    ) -> None:
+        self._was_cold = was_cold
         self._token_text = token_text
         self._prompt_tokens = prompt_tokens
         self._eos_ids = eos_ids
@@ -103,8 +106,11 @@ class Events:
                 text=choice.text,
                 tokens=tuple(self._token(token, found) for token, found in zip(ids, scores, strict=True)),
                 finish_reason=reason,
-                usage=Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._generated) if is_last else None,
+                usage=self._usage() if is_last else None,
             )
+
+    def _usage(self) -> Usage:
+        return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._generated, was_cold=self._was_cold)
 
     def _token(self, token: int, found: Any) -> Any:
         if found is None:
