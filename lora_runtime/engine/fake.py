@@ -124,8 +124,8 @@ class FakeEngine:
             self._counters["finished" if is_finished else "cancelled"] += 1
 
     async def classify(self, request: ClassifyRequest) -> Classification:
-        if not request.adapters:
-            raise NotFound("No classification head in the base. Name an adapter that was trained with one.")
+        if not any(read_json(Path(ref.path) / CONFIG_NAME).get("head") for ref in request.adapters):
+            raise NotFound("No classification head in the target. Name an adapter that was trained with one.")
         words = self._words(request.prompt, "")
         is_yes = len(words) % 2
         return Classification(

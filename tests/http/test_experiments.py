@@ -225,12 +225,21 @@ def test_an_arm_that_cannot_serve_is_left_for_what_the_alias_means(http: httpx.C
     arms = [{"name": "control", "target": "old"}, {"name": "treatment", "target": "third"}]
     create(http, "fallen", arms=arms)
     act(http, "fallen", "run")
-    kinds = Counter()
+    seen = set()
     for number in range(20):
         response = http.post("/v1/classify", json={"model": "fallen-model", "user": f"u{number}", "input": "x"})
         assert response.status_code == 200, "without a head, the arm is left"
-        kinds[response.headers["X-Variant"], response.headers["X-Assignment"]] += 1
-    assert set(kinds) <= {("control", "hash"), ("treatment", "hash")}
+        assert response.headers["X-Model-Served"].startswith("old@")
+        seen.add((response.headers["X-Variant"], response.headers["X-Assignment"]))
+        body = {"request_id": response.headers["X-Request-Id"], "metric": "solved", "value": True}
+        counts = http.post("/v1/feedback", json=body).json()["counts"]
+        assert counts == (response.headers["X-Assignment"] == "hash")
+    assert seen == {("control", "hash"), ("treatment", "fallback")}
+    results = http.get("/v1/experiments/fallen/results").json()["results"]
+    control, treatment = results["arms"]
+    assert control["units"] + treatment["units"] == 20, "who fell back was exposed all the same"
+    assert (treatment["requests"], treatment["fallbacks"]) == (0, treatment["units"])
+    assert (control["means"]["error_rate"], treatment["means"]["error_rate"]) == (0.0, 1.0)
 
 
 def test_shadow_arms_are_compared_and_answer_nobody(http: httpx.Client):
