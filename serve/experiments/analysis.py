@@ -186,7 +186,7 @@ def results_of(experiment: Experiment, evidence: Evidence, as_of: datetime, *, l
         excluded=dict(evidence.excluded),
         switched_units=evidence.switched_units,
         winner=winner,
-        note=_note(plan, units, shares, winner, comparisons),
+        note=_note(plan, units, shares, winner, comparisons, guardrails),
     )
 
 
@@ -271,7 +271,14 @@ def _winner(plan: Plan, comparisons: list[Comparison], guardrails: list[Guardrai
     return control if decisive and all(c.verdict == "worse" for c in decisive) else None
 
 
-def _note(plan: Plan, units: int, shares: Shares, winner: str | None, comparisons: list[Comparison]) -> str:
+def _note(
+    plan: Plan,
+    units: int,
+    shares: Shares,
+    winner: str | None,
+    comparisons: list[Comparison],
+    guardrails: list[GuardrailResult],
+) -> str:
     if shares.is_mismatch:
         return (
             "Units did not come to the arms in the planned shares. Something beside chance chose who is counted, so no "
@@ -283,6 +290,10 @@ def _note(plan: Plan, units: int, shares: Shares, winner: str | None, comparison
         return f"'{winner}' is the best arm in {plan.decision_metric}."
     if all(c.verdict == "too_few" for c in comparisons if c.metric == plan.decision_metric):
         return f"Fewer than {plan.analysis.min_units} units of an arm have data in {plan.decision_metric}."
+    for compared in comparisons:
+        if compared.metric == plan.decision_metric and compared.verdict == "better":
+            rails = sorted({rail.metric for rail in guardrails if rail.is_breached and rail.arm == compared.arm})
+            return f"'{compared.arm}' is better in {plan.decision_metric}, and breaches {', '.join(rails)}."
     return "Not decided yet."
 
 

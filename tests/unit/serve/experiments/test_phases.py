@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lora_runtime.errors import Conflict
-from serve.experiments.definition import Allocation, Arm, Condition, Definition, Layer, Metric, Plan
+from serve.experiments.analysis import Evidence, results_of
+from serve.experiments.definition import Allocation, Arm, Condition, Definition, Layer, Metric, Plan, Ramp
 from serve.experiments.guardrails import due
 from serve.experiments.phases import Action, allotted, amended, moved, possible, redefined, stepped
 from serve.experiments.records import COLLECTING, DIVIDING, LIVE, Experiment, State
@@ -63,8 +64,7 @@ def test_it_goes_on_as_what_it_was():
 
 
 def test_a_ramp_climbs_step_by_step_and_ends_running():
-    plan = DRAFT.plan.model_copy(update={"ramp": {"steps": (0.1, 0.5, 1.0), "every_s": 60}})
-    plan = Plan.model_validate(plan.model_dump())
+    plan = DRAFT.plan.model_copy(update={"ramp": Ramp(steps=(0.1, 0.5, 1.0), every_s=60)})
     planned = DRAFT.phase.allocation.model_copy(update={"coverage": 0.8})
     found = moved(replace(DRAFT, plan=plan, phase=replace(DRAFT.phase, allocation=planned)), Action.RAMP, NOW)
     covered, now = [found.phase.coverage], NOW
@@ -200,6 +200,4 @@ def test_control_is_the_first_arm_unless_it_is_said():
 
 
 def test_nothing_is_due_without_a_breach():
-    from serve.experiments.analysis import Evidence, results_of
-
     assert due(results_of(RUNNING, Evidence(arms={}), NOW)) is None
