@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from serve import commands, offline
+from serve import commands, experiment_cli, offline
 from serve.commands import Service
+from serve.console import DEFAULT_URL, ApiKey, Url
 from serve.identity import Scope
 
 app = typer.Typer(
@@ -24,16 +25,15 @@ zoo = typer.Typer(help="The demo world: a tiny base and six adapters with skills
 app.add_typer(adapters, name="adapters")
 keys = typer.Typer(help="API keys, in the registry's database.", no_args_is_help=True)
 store = typer.Typer(help="The store of a running service.", no_args_is_help=True)
+app.add_typer(experiment_cli.experiments, name="experiments")
+app.add_typer(experiment_cli.aliases, name="aliases")
 app.add_typer(zoo, name="zoo")
 app.add_typer(keys, name="keys")
 app.add_typer(store, name="store")
 
 console = Console()
 
-Url = Annotated[str, typer.Option("--url", envvar="LOOM_URL", help="Where the service answers.")]
-ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LOOM_API_KEY", help="Where one is asked for.")]
 Config = Annotated[Path | None, typer.Option(help="Configuration in YAML; LOOM_… variables override it.")]
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 @app.command()

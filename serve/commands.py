@@ -91,7 +91,7 @@ def chat(
 
 
 def list_adapters(console: Console, service: Service) -> None:
-    found = _request(console, service, "GET", "/v1/adapters")["data"]
+    found = request(console, service, "GET", "/v1/adapters")["data"]
     table = Table("name", "version", "rank", "LoRA modules", "saved modules", "heads", "MB", "registered")
     for adapter in found:
         info = adapter["info"]
@@ -110,7 +110,7 @@ def list_adapters(console: Console, service: Service) -> None:
 
 def add_adapter(console: Console, service: Service, name: str, path: Path, *, activate: bool = True) -> None:
     body = {"name": name, "path": str(path.expanduser().absolute()), "activate": activate}
-    _report_added(console, _request(console, service, "POST", "/v1/adapters", json=body))
+    _report_added(console, request(console, service, "POST", "/v1/adapters", json=body))
 
 
 def upload_adapter(console: Console, service: Service, name: str, folder: Path, *, activate: bool = True) -> None:
@@ -125,7 +125,7 @@ def upload_adapter(console: Console, service: Service, name: str, folder: Path, 
             stop(console, f"{folder} cannot be read: {error.strerror}.")
         data = {"activate": str(activate).lower()}
         path = f"/v1/adapters/{name}/versions"
-        _report_added(console, _request(console, service, "POST", path, files=files, data=data))
+        _report_added(console, request(console, service, "POST", path, files=files, data=data))
 
 
 def _report_added(console: Console, added: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ def _report_added(console: Console, added: dict[str, Any]) -> None:
 
 def list_versions(console: Console, service: Service, name: str) -> None:
     table = Table("number", "version", "aliases", "method", "MB", "registered")
-    for version in _request(console, service, "GET", f"/v1/adapters/{name}/versions")["data"]:
+    for version in request(console, service, "GET", f"/v1/adapters/{name}/versions")["data"]:
         info = version["info"]
         table.add_row(
             str(version["number"]),
@@ -150,19 +150,19 @@ def list_versions(console: Console, service: Service, name: str) -> None:
 
 
 def set_alias(console: Console, service: Service, name: str, alias: str, version: str, pin: bool | None) -> None:
-    moved = _request(
+    moved = request(
         console, service, "PUT", f"/v1/adapters/{name}/aliases/{alias}", json={"version": version, "pinned": pin}
     )
     console.print(f"[bold]{name}@{alias}[/] means {moved['aliases'][alias][:12]}.")
 
 
 def remove_adapter(console: Console, service: Service, name: str) -> None:
-    _request(console, service, "DELETE", f"/v1/adapters/{name}")
+    request(console, service, "DELETE", f"/v1/adapters/{name}")
     console.print(f"Removed [bold]{name}[/].")
 
 
 def collect(console: Console, service: Service) -> None:
-    versions = _request(console, service, "POST", "/v1/store/collect")["versions"]
+    versions = request(console, service, "POST", "/v1/store/collect")["versions"]
     for version in versions:
         console.print(version)
     console.print(f"Took {len(versions)} versions out of the store.")
@@ -228,7 +228,7 @@ def _print_chunk(console: Console, line: str) -> None:
         console.print(choice["delta"].get("content") or "", end="", markup=False, highlight=False)
 
 
-def _request(console: Console, service: Service, method: str, path: str, **options: Any) -> Any:
+def request(console: Console, service: Service, method: str, path: str, **options: Any) -> Any:
     try:
         response = httpx.request(method, service.url + path, timeout=TIMEOUT_S, headers=service.headers, **options)
     except httpx.HTTPError as error:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+Url = Annotated[str, typer.Option("--url", envvar="LOOM_URL", help="Where the service answers.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LOOM_API_KEY", help="Where one is asked for.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def print_findings(console: Console, findings: Sequence[dict[str, Any]]) -> None:

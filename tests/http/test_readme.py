@@ -57,7 +57,7 @@ def test_python_examples(here):
 
 def test_shell_examples(here):
     zoo, folder = here
-    asking, managing, versioning, uploading, classifying, keys = blocks("bash")
+    asking, managing, versioning, uploading, classifying, experimenting, keys = blocks("bash")
     example = examples("colour", "heldout", 1)[0]
     answered = run(["bash", "-e"], zoo, folder, asking)
     assert example.question.removeprefix("What colour is at the ") in answered
@@ -75,6 +75,9 @@ def test_shell_examples(here):
     assert (uploaded["id"], uploaded["num_versions"]) == ("mine", 2)
     httpx.delete(f"{zoo.url}/v1/adapters/mine")
     assert '"label":' in run(["bash", "-e"], zoo, folder, classifying)
+    experimented = run(["bash", "-e"], zoo, folder, experimenting)
+    assert "x-variant: " in experimented.lower() and '"counts":true' in experimented
+    assert "rolled_back; it can archive" in experimented and "error_rate" in experimented
     made = run(["loom", "keys", "create", "x", "-s", "infer"], zoo, folder, "").strip()
     shown = run(["bash", "-e"], zoo, folder, keys.replace("3f9a12b4c5d6", made.split("_")[1]) + "\nloom keys ls\n")
     assert re.search(r"^loom_[0-9a-f]{12}_", shown) and "revoked" in shown and "shop-*" in shown

@@ -1,0 +1,172 @@
+"""``loom experiments`` and ``loom aliases``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from serve.commands import Service, request
+from serve.console import DEFAULT_URL, ApiKey, Url, stop
+from serve.experiments.phases import Action
+
+experiments = typer.Typer(help="A/B experiments of a running service.", no_args_is_help=True)
+aliases = typer.Typer(help="Model names of a running service that mean a target.", no_args_is_help=True)
+
+console = Console()
+
+Name = Annotated[str, typer.Argument(help="The experiment's name or id.")]
+Alias = Annotated[str, typer.Argument(help="The model name that clients use.")]
+File = Annotated[Path, typer.Argument(help="A definition, or a part of one, in YAML or JSON.")]
+Reason = Annotated[str, typer.Option("--reason", "-r", help="Why; the history keeps it.")]
+
+
+@experiments.command("create")
+def create(file: File, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
+    """Describe an experiment; nothing is served by it before it is moved on."""
+    made = request(console, Service(url, key), "POST", "/v1/experiments", json=_read(file))
+    console.print(f"[bold]{made['name']}[/] ({made['id']}) is a draft; it can {', '.join(made['actions'])}.")
+
+
+@experiments.command("ls")
+def list_all(url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
+    """List experiments, newest first."""
+    table = Table("name", "model name", "state", "phase", "coverage", "decided on")
+    for one in request(console, Service(url, key), "GET", "/v1/experiments")["data"]:
+        phase = one["phase"]
+        table.add_row(
+            one["name"],
+            one["alias"],
+            one["state"],
+            str(phase["number"]),
+            f"{100 * phase['coverage']:.3g} %",
+            one["winner"] or "-",
+        )
+    console.print(table)
+
+
+@experiments.command("move")
+def move(
+    name: Name,
+    action: Annotated[Action, typer.Argument(help="What to do.")],
+    arm: Annotated[str | None, typer.Option(help="What is decided on.")] = None,
+    reason: Reason = "",
+    despite_mismatch: Annotated[bool, typer.Option(help="Decide though shares are not as planned.")] = False,
+    url: Url = DEFAULT_URL,
+    key: ApiKey = None,
+) -> None:
+    """Move an experiment on in its life."""
+    body = {"reason": reason, "arm": arm, "despite_mismatch": despite_mismatch}
+    moved = request(console, Service(url, key), "POST", f"/v1/experiments/{name}/{action}", json=body)
+    actions = ", ".join(moved["actions"]) or "nothing any more"
+    console.print(f"[bold]{moved['name']}[/] is {moved['state']}; it can {actions}.")
+
+
+@experiments.command("change")
+def change(
+    name: Name,
+    file: File,
+    new_phase: Annotated[bool, typer.Option("--new-phase", help="Where evidence begins anew.")] = False,
+    redraw: Annotated[bool, typer.Option("--redraw", help="And units are drawn anew.")] = False,
+    reason: Reason = "",
+    url: Url = DEFAULT_URL,
+    key: ApiKey = None,
+) -> None:
+    """Say the fields of FILE anew, in place or in a new phase."""
+    body = {**_read(file), "new_phase": new_phase, "redraw": redraw, "reason": reason}
+    changed = request(console, Service(url, key), "PATCH", f"/v1/experiments/{name}", json=body)
+    console.print(f"[bold]{changed['name']}[/] is in phase {changed['phase']['number']}.")
+
+
+@experiments.command("results")
+def results(name: Name, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
+    """Show what the evidence says now. With pictures: URL/experiments/NAME."""
+    found = request(console, Service(url, key), "GET", f"/v1/experiments/{name}/results")["results"]
+    table = Table("metric", "arm", "mean", "effect", "interval", "p (Holm)", "verdict")
+    means = {arm["arm"]: arm["means"] for arm in found["arms"]}
+    for metric, mean in means[found["control"]].items():
+        table.add_row(metric, found["control"], _number(mean), "", "", "", "control")
+        for one in (c for c in found["comparisons"] if c["metric"] == metric):
+            interval = "" if one["low"] is None else f"{one['low']:+.4g} … {one['high']:+.4g}"
+            table.add_row(
+                "",
+                one["arm"],
+                _number(means[one["arm"]][metric]),
+                "" if one["effect"] is None else f"{one['effect']:+.4g}",
+                interval,
+                _number(one["adjusted_p"]),
+                one["verdict"].replace("_", " "),
+            )
+    console.print(table)
+    shares = ", ".join(f"{arm['arm']} {arm['units']} ({100 * arm['planned_share']:.3g} %)" for arm in found["arms"])
+    console.print(f"Units, and the planned shares: {shares}; p {found['shares']['p_value']:.3g}.")
+    for rail in found["guardrails"]:
+        if rail["is_breached"]:
+            console.print(f"[red]Guardrail {rail['metric']} is breached by {rail['arm']}.[/]")
+    console.print(escape(found["note"]), style="bold")
+
+
+@experiments.command("history")
+def history(name: Name, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
+    """List what was done to an experiment, newest first."""
+    table = Table("when", "who", "what", "why")
+    for entry in request(console, Service(url, key), "GET", f"/v1/experiments/{name}/history")["data"]:
+        action = entry["action"].removeprefix("experiment.")
+        table.add_row(entry["at"][:19].replace("T", " "), entry["actor"], action, entry["details"].get("reason", ""))
+    console.print(table)
+
+
+@experiments.command("rm")
+def remove(name: Name, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
+    """Forget a draft."""
+    request(console, Service(url, key), "DELETE", f"/v1/experiments/{name}")
+    console.print(f"Removed [bold]{name}[/].")
+
+
+@aliases.command("ls")
+def list_aliases(url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
+    """List model names that mean a target."""
+    table = Table("model name", "means", "moved", "experiment")
+    for alias in request(console, Service(url, key), "GET", "/v1/aliases")["data"]:
+        table.add_row(alias["id"], alias["target"], alias["moved"][:19].replace("T", " "), alias["experiment"] or "-")
+    console.print(table)
+
+
+@aliases.command("set")
+def set_alias(
+    name: Alias,
+    target: Annotated[str, typer.Argument(help="As a request would name it: shape@prod, a:0.7+b:0.3, the base.")],
+    url: Url = DEFAULT_URL,
+    key: ApiKey = None,
+) -> None:
+    """Let a model name mean a target from now on, exactly as the target is now."""
+    alias = request(console, Service(url, key), "PUT", f"/v1/aliases/{name}", json={"target": target})
+    console.print(f"[bold]{alias['id']}[/] means {alias['target']}.", soft_wrap=True)
+
+
+@aliases.command("rm")
+def remove_alias(name: Alias, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
+    """Forget a model name."""
+    request(console, Service(url, key), "DELETE", f"/v1/aliases/{name}")
+    console.print(f"Removed [bold]{name}[/].")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(file.read_text())
+    except OSError as error:
+        stop(console, f"{file} cannot be read: {error.strerror}.")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        stop(console, f"{file} is no valid YAML: {error}")
+    if not isinstance(loaded, dict):
+        stop(console, f"{file} must hold a mapping, such as 'name: …'.")
+    return loaded
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
