@@ -187,7 +187,8 @@ class ExperimentSettings(_Section):
     stored of units, so that who reads the database cannot try out users' names.
 
     Every ``look_every_s`` the results are looked at, for guardrails, ramps and the pictures. ``shadows_at_once``:
-    copies of requests that a gateway has under way at most; 0 for none.
+    copies of requests that a gateway has under way at most; 0 for none. ``keep_s``: what was seen of an experiment
+    stays for so long after it was archived; its results stay.
     """
 
     headers: tuple[str, ...] = ()
@@ -195,6 +196,7 @@ class ExperimentSettings(_Section):
     unit_secret: SecretStr = SecretStr("")
     look_every_s: PositiveFloat = 30.0
     shadows_at_once: int = Field(default=2, ge=0)
+    keep_s: PositiveFloat = 90 * 86400.0
 
     @field_serializer("unit_secret", when_used="json")
     def _reveal(self, value: SecretStr) -> str:

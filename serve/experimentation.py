@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
@@ -142,6 +142,8 @@ class Experimentation:
         before = await self.get(name, identity)
         moved(before, action, datetime.now(UTC), arm=arm)
         details: dict[str, Any] = {}
+        if action is Action.ARCHIVE and before.state is not State.DRAFT:
+            await self._keep(await self.results(before))
         if action is Action.DECIDE:
             found = await self.results(before)
             if found.shares.is_mismatch and not despite_mismatch:
@@ -224,6 +226,13 @@ class Experimentation:
                 return noted
             await asyncio.sleep(FLUSH_S)
         raise AssertionError("the last try raises or returns")
+
+    async def forget(self) -> int:
+        """Take away what was seen of experiments that were archived long ago; returns how many requests that were."""
+        before, total = datetime.now(UTC) - timedelta(seconds=self._settings.keep_s), 0
+        while found := await asyncio.to_thread(self._trials.forget, before):
+            total += found
+        return total
 
     def assignment(self, experiment: Experiment, unit: str) -> str | None:
         """The arm that a unit gets whose requests meet the conditions."""

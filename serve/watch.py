@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from lora_runtime.errors import Conflict
 from serve.assigner import Assigner
@@ -13,6 +14,8 @@ from serve.experiments.guardrails import due
 from serve.experiments.records import COLLECTING, Experiment
 
 log = logging.getLogger(__name__)
+
+FORGET_EVERY_S = 3600.0
 
 
 class Watch:
@@ -44,8 +47,12 @@ class Watch:
             await self._experiments.step(experiment)
 
     async def _run(self) -> None:
+        forgotten_at = time.monotonic()
         while True:
             await asyncio.sleep(self._every_s)
+            if time.monotonic() - forgotten_at > FORGET_EVERY_S:
+                forgotten_at = time.monotonic()
+                await self._forget()
             for experiment in self._assigner.experiments:
                 if experiment.state not in COLLECTING:
                     continue
@@ -55,3 +62,11 @@ class Watch:
                     log.info("experiment %s: was changed while it was looked at", experiment.plan.name)
                 except Exception as error:  # the next look may succeed, and requests do not depend on it
                     log.warning("experiment %s: no look: %s", experiment.plan.name, type(error).__name__)
+
+    async def _forget(self) -> None:
+        try:
+            found = await self._experiments.forget()
+        except Exception as error:  # the next time may succeed, and requests do not depend on it
+            log.warning("old experiments were not forgotten: %s", type(error).__name__)
+        else:
+            log.info("forgot %d requests of archived experiments", found)

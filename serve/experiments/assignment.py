@@ -10,7 +10,7 @@ Three salts: with one for the gate and the arm, whoever a 20 % gate lets in woul
 lets more units in and moves nobody. Weighted rendezvous hashing (Thaler & Ravishankar, IEEE/ACM ToN 6(1) 1998, with
 the weighting of Schindelhauer & Schomaker, SPAA 2005) moves nobody between arms that stay when an arm comes or goes.
 ``id`` is never the name, and ``draw`` the number of the phase that units were drawn in. Vectors for other
-implementations are in ``tests/unit/serve/experiments/vectors.json``.
+implementations are in ``vectors.json`` beside this file.
 """
 
 from __future__ import annotations

@@ -77,10 +77,13 @@ def install_handlers(app: FastAPI) -> None:
     """Every failure of ``app`` answers in OpenAI's shape."""
 
     @app.exception_handler(LoomError)
-    async def _loom(_: Request, error: LoomError) -> JSONResponse:
+    async def _loom(request: Request, error: LoomError) -> JSONResponse:
         if isinstance(error, EngineFault):
             log.error("engine fault: %s", error.message)
-        return error_response(error)
+        response = error_response(error)
+        if (dispatch := getattr(request.state, "dispatch", None)) is not None:
+            response.headers.update(dispatch.headers)  # whose fault it may have been
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -82,7 +82,7 @@ class Services:
             await self.catalog.catch_up()
             found = self._dispatched(body, request, identity)
         found.parts = parts
-        request.state.model, request.state.variant = found.target.label, found.variant
+        request.state.model, request.state.dispatch = found.target.label, found
         return found
 
     def _dispatched(self, body: common.TargetedBody, request: Request, identity: Identity) -> Dispatch:

@@ -50,6 +50,6 @@ class ObservationMiddleware:
                     "seconds": round(time.monotonic() - begun, 4),
                     "key": getattr(state.get("identity"), "id", ""),
                     "model": state.get("model", ""),
-                    "variant": "/".join(state.get("variant") or ()),
+                    "variant": "/".join(((dispatch := state.get("dispatch")) and dispatch.variant) or ()),
                 }
                 log.info("request", extra=said)

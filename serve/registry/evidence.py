@@ -21,6 +21,7 @@ from serve.registry.repository import aware
 FAULT = 500
 """Statuses from here on are the service's fault; those below are the caller's, or load that all arms share."""
 KEPT_LOOKS = 400
+COLD = "cold"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,6 @@ class EvidenceReader:
             arms = _exposed(session, experiment, phase)
             excluded = _requests(session, experiment, phase, arms)
             _outcomes(session, experiment, phase, arms)
-            _cold(session, experiment, phase, arms)
             _feedback(session, experiment, phase, plan, arms)
             return Evidence(
                 arms={
@@ -128,13 +128,16 @@ def _requests(session: Session, experiment: str, phase: int, arms: dict[str, _Ar
 
 
 def _outcomes(session: Session, experiment: str, phase: int, arms: dict[str, _Arm]) -> None:
-    """Faults of all that an arm should have answered; times of what it did answer, warm."""
+    """Faults of all that an arm should have answered; times of what it did answer, warm, and apart of what it answered
+    cold. One pass, since requests are what there is most of."""
+    is_answer = sa.and_(OutcomeRow.status < 400, TrialRow.assignment == Kind.HASH)
+    is_warm, is_cold = (sa.and_(is_answer, OutcomeRow.is_cold.is_(cold)) for cold in (False, True))
     is_fault = sa.or_(OutcomeRow.status >= FAULT, TrialRow.assignment == Kind.FALLBACK)
-    is_timed = sa.and_(OutcomeRow.status < 400, OutcomeRow.is_cold.is_(False), TrialRow.assignment == Kind.HASH)
     counted = {
         ERROR_RATE: (sa.case((is_fault, 1.0), else_=0.0), sa.literal(1.0)),
-        FIRST_TOKEN: _timed(OutcomeRow.ln_first_s, is_timed),
-        TOKEN_TIME: _timed(OutcomeRow.ln_token_s, is_timed),
+        FIRST_TOKEN: _timed(OutcomeRow.ln_first_s, is_warm),
+        TOKEN_TIME: _timed(OutcomeRow.ln_token_s, is_warm),
+        COLD: _timed(OutcomeRow.ln_first_s, is_cold),
     }
     columns = [
         sa.func.sum(part).label(f"{axis}_{name}")
@@ -144,39 +147,23 @@ def _outcomes(session: Session, experiment: str, phase: int, arms: dict[str, _Ar
     units = (
         sa.select(TrialRow.arm, TrialRow.unit, *columns)
         .join(OutcomeRow, OutcomeRow.request_id == TrialRow.request_id)
-        .where(*_counting(experiment, phase), TrialRow.unit.is_not(None))
+        .where(*_counting(experiment, phase))
         .group_by(TrialRow.arm, TrialRow.unit)
         .subquery()
     )
-    for name in counted:
-        y, x = units.c[f"y_{name}"], units.c[f"x_{name}"]
-        wanted = sa.select(units.c.arm, *_added_up(y, x)).where(x > 0).group_by(units.c.arm)
-        for arm, *sums in session.execute(wanted):
-            arms.setdefault(arm, _Arm()).metrics[name] = _sums(sums, is_binary=name == ERROR_RATE)
-
-
-def _cold(session: Session, experiment: str, phase: int, arms: dict[str, _Arm]) -> None:
-    wanted = (
-        sa.select(TrialRow.arm, sa.func.count(), sa.func.avg(OutcomeRow.ln_first_s))
-        .join(OutcomeRow, OutcomeRow.request_id == TrialRow.request_id)
-        .where(*_counting(experiment, phase), TrialRow.assignment == Kind.HASH, OutcomeRow.is_cold.is_(True))
-        .group_by(TrialRow.arm)
-    )
-    for arm, count, mean in session.execute(wanted):
+    sums = [part for name in counted for part in _added_up(units.c[f"y_{name}"], units.c[f"x_{name}"])]
+    for arm, *row in session.execute(sa.select(units.c.arm, *sums).group_by(units.c.arm)):
         found = arms.setdefault(arm, _Arm())
-        found.cold_requests, found.cold_ln_first_s = count, mean
+        for place, name in enumerate(counted):
+            part = _sums(row[6 * place : 6 * place + 6], is_binary=name == ERROR_RATE)
+            if name == COLD:
+                found.cold_requests, found.cold_ln_first_s = round(part.x), part.mean
+            else:
+                found.metrics[name] = part
 
 
 def _feedback(session: Session, experiment: str, phase: int, plan: Plan, arms: dict[str, _Arm]) -> None:
     counting = (*_counting(experiment, phase), TrialRow.assignment == Kind.HASH)
-    asked = (
-        sa.select(TrialRow.arm, TrialRow.unit, sa.func.count().label("asked"))
-        .where(*counting, TrialRow.unit.is_not(None))
-        .group_by(TrialRow.arm, TrialRow.unit)
-        .subquery()
-    )
-    total = sa.select(asked.c.arm, sa.func.sum(asked.c.asked), sa.func.sum(asked.c.asked * asked.c.asked))
-    requests = {arm: (x, xx) for arm, x, xx in session.execute(total.group_by(asked.c.arm))}
     given = (
         sa.select(
             TrialRow.arm,
@@ -187,39 +174,59 @@ def _feedback(session: Session, experiment: str, phase: int, plan: Plan, arms: d
             sa.func.count().label("given"),
         )
         .join(FeedbackRow, FeedbackRow.request_id == TrialRow.request_id)
-        .where(*counting, TrialRow.unit.is_not(None))
+        .where(*counting)
         .group_by(TrialRow.arm, TrialRow.unit, FeedbackRow.metric)
         .subquery()
     )
-    joined = given.join(asked, sa.and_(asked.c.arm == given.c.arm, asked.c.unit == given.c.unit))
+    ways = {
+        "feedback": (given.c.total, given.c.given),
+        "any": (given.c.most, sa.literal(1.0)),
+        "sum": (given.c.total, sa.literal(1.0)),
+    }
+    sums = [part for both in ways.values() for part in _added_up(*both)]
+    grouped = sa.select(given.c.arm, given.c.metric, *sums).group_by(given.c.arm, given.c.metric)
+    rows = {(arm, name): row for arm, name, *row in session.execute(grouped)}
     for metric in plan.metrics:
-        is_any = metric.level == "unit" and metric.kind == "bool"
-        y = given.c.most if is_any else given.c.total
-        x = {"unit": sa.literal(1.0), "request": asked.c.asked, "feedback": given.c.given}[metric.level]
-        wanted = sa.select(given.c.arm, *_added_up(y, x)).select_from(joined).where(given.c.metric == metric.name)
-        found = {
-            arm: _sums(sums, is_binary=metric.kind == "bool")
-            for arm, *sums in session.execute(wanted.group_by(given.c.arm))
-        }
+        if metric.level == "request":
+            found = _each_request(session, counting, metric)
+        else:
+            way = "feedback" if metric.level == "feedback" else "any" if metric.kind == "bool" else "sum"
+            place = 6 * list(ways).index(way)
+            found = {arm: row[place : place + 6] for (arm, name), row in rows.items() if name == metric.name}
+        is_binary = metric.kind == "bool"
         for name, arm in arms.items():
-            arm.metrics[metric.name] = _widened(metric, found.get(name, Sums()), arm.units, requests.get(name, (0, 0)))
+            sums_of = _sums(found[name], is_binary=is_binary) if name in found else Sums(is_binary=is_binary)
+            if metric.level == "unit":
+                # Units without feedback count, as 0.
+                sums_of = replace(sums_of, n=arm.units, x=float(arm.units), xx=float(arm.units))
+            arm.metrics[metric.name] = sums_of
 
 
-def _widened(metric: Metric, sums: Sums, units: int, requests: tuple[float, float]) -> Sums:
-    """With the units that gave no feedback, where they count: y is 0 for them, and x is not."""
-    sums = replace(sums, is_binary=metric.kind == "bool")
-    if metric.level == "unit":
-        return replace(sums, n=units, x=float(units), xx=float(units))
-    if metric.level == "request":
-        return replace(sums, n=units, x=float(requests[0] or 0), xx=float(requests[1] or 0))
-    return sums
+def _each_request(session: Session, counting: tuple[Any, ...], metric: Metric) -> dict[str, list[Any]]:
+    """Sums by arm where every request counts, as 0 without feedback. Joined row by row, by key: to join what was added
+    up, a database that has not looked at its tables lately may compare everything with everything."""
+    reported = sa.and_(FeedbackRow.request_id == TrialRow.request_id, FeedbackRow.metric == metric.name)
+    units = (
+        sa.select(
+            TrialRow.arm,
+            TrialRow.unit,
+            sa.func.coalesce(sa.func.sum(FeedbackRow.value), 0.0).label("total"),
+            sa.func.count(sa.distinct(TrialRow.request_id)).label("asked"),
+        )
+        .join(FeedbackRow, reported, isouter=True)
+        .where(*counting)
+        .group_by(TrialRow.arm, TrialRow.unit)
+        .subquery()
+    )
+    wanted = sa.select(units.c.arm, *_added_up(units.c.total, units.c.asked)).group_by(units.c.arm)
+    return {arm: row for arm, *row in session.execute(wanted)}
 
 
 def _switched(session: Session, experiment: str, phase: int) -> int:
     """Units that were seen in more than one arm."""
     several = (
         sa.select(TrialRow.unit)
-        .where(*_counting(experiment, phase), TrialRow.unit.is_not(None))
+        .where(*_counting(experiment, phase))
         .group_by(TrialRow.unit)
         .having(sa.func.count(sa.distinct(TrialRow.arm)) > 1)
         .subquery()
@@ -228,6 +235,7 @@ def _switched(session: Session, experiment: str, phase: int) -> int:
 
 
 def _counting(experiment: str, phase: int) -> tuple[Any, ...]:
+    """What is evidence; all of it has a unit."""
     return TrialRow.experiment == experiment, TrialRow.phase == phase, TrialRow.counts.is_(True)
 
 
@@ -237,10 +245,11 @@ def _timed(value: Any, condition: Any) -> tuple[Any, Any]:
 
 
 def _added_up(y: Any, x: Any) -> list[Any]:
-    sums = [sa.func.sum(part) for part in (y, x, y * y, x * y, x * x)]
-    return [sa.func.count(), *sums]
+    """n, Σy, Σx, Σy², Σxy, Σx² over units that have any x; y is 0 where x is."""
+    there = sa.func.sum(sa.case((x > 0, 1), else_=0))
+    return [there, *(sa.func.sum(part) for part in (y, x, y * y, x * y, x * x))]
 
 
 def _sums(row: list[Any], *, is_binary: bool) -> Sums:
     n, y, x, yy, xy, xx = row
-    return Sums(n=n, y=float(y), x=float(x), yy=float(yy), xy=float(xy), xx=float(xx), is_binary=is_binary)
+    return Sums(n=int(n), y=float(y), x=float(x), yy=float(yy), xy=float(xy), xx=float(xx), is_binary=is_binary)

@@ -16,6 +16,7 @@ from lora_runtime.errors import Conflict, InvalidRequest, NotFound
 from serve.experiments.assignment import Kind
 from serve.experiments.definition import Metric, Plan
 from serve.experiments.events import Event, Exposure, Outcome, Pair, Trial
+from serve.experiments.records import State
 from serve.registry.database import Database
 from serve.registry.experiment_tables import (
     ExperimentRow,
@@ -34,6 +35,7 @@ TABLES: Mapping[type[Event], type[Table]] = {
     Outcome: OutcomeRow,
     Pair: PairRow,
 }
+FORGOTTEN_AT_ONCE = 500
 MAX_VALUE = 1e9
 """Of feedback; sums of squares of more would not be exact enough."""
 
@@ -112,6 +114,23 @@ class Trials:
                 )
             counts = trial.counts and trial.assignment == Kind.HASH
             return Noted(experiment=trial.experiment, counts=counts, is_repeated=added is None)
+
+    def forget(self, before: datetime) -> int:
+        """Take away what was seen of experiments that were archived before then, some of it at a time.
+
+        Returns how many requests that were; 0 where nothing is left to take. Looks stay, with the last results.
+        """
+        with self._database.adding() as session:
+            archived = sa.select(ExperimentRow.id).where(
+                ExperimentRow.state == State.ARCHIVED, ExperimentRow.since < before
+            )
+            some = sa.select(TrialRow.request_id).where(TrialRow.experiment.in_(archived)).limit(FORGOTTEN_AT_ONCE)
+            ids = list(session.scalars(some))
+            for table in (FeedbackRow, OutcomeRow, TrialRow):
+                session.execute(sa.delete(table).where(table.request_id.in_(ids)))
+            for seen in (ExposureRow, PairRow):
+                session.execute(sa.delete(seen).where(seen.experiment.in_(archived)))
+            return len(ids)
 
     def pairs(self, experiment: str, *, limit: int, before: int | None = None) -> list[tuple[int, Pair]]:
         """Both answers of shadowed requests, newest first, each with its id to page on by."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -22,7 +23,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         write_fake_adapter(root / name, name=name, head=name != "third")
     settings = {
         "base": {"name": "base"},
-        "engine": {"kind": "fake", "options": {"max_running": 32, "max_model_len": 500}},
+        "engine": {"kind": "fake", "options": {"max_running": 4, "token_s": 0.005, "max_model_len": 500}},
         "adapters": {"roots": [str(root)], "preload": {name: str(root / name) for name in names}},
         "engines": {"num_cpus": 0.5},
         "experiments": {"look_every_s": 0.5, "headers": ["x-plan"], "metadata": ["plan"]},
@@ -263,6 +264,33 @@ def test_shadow_arms_are_compared_and_answer_nobody(http: httpx.Client):
         'loom_shadow_requests_total{experiment="shadowed",outcome="answered",variant="idea"}'
         in http.get("/metrics").text
     )
+
+
+def test_shadow_arms_give_way(http: httpx.Client):
+    """An engine of 4 lanes, kept busy by 12 users: no copy finds room, and nobody's answer is late for one."""
+    arms = [{"name": "control", "target": "old"}, {"name": "idea", "target": "new", "shadow": True}]
+    create(http, "busy", arms=arms, shadow={"share": 1.0})
+
+    def burst() -> float:
+        begun = time.monotonic()
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(lambda n: ask(http, "busy-model", user=f"u{n}", max_tokens=40), range(60)))
+        assert {response.status_code for response in answers} == {200}
+        return time.monotonic() - begun
+
+    http.put("/v1/aliases/busy-model", json={"target": "old"}).raise_for_status()
+    alone = burst()
+    act(http, "busy", "shadow")
+    beside = burst()
+    counted = 'loom_shadow_requests_total{experiment="busy",outcome="%s",variant="idea"}'
+    dropped, answered = (metric(http, counted % outcome) for outcome in ("dropped", "answered"))
+    assert dropped > 40 and dropped + answered <= 60
+    assert beside < 1.5 * alone + 0.5
+
+
+def metric(http: httpx.Client, name: str) -> float:
+    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(name + " ")]
+    return float(lines[0].rsplit(" ", 1)[1]) if lines else 0.0
 
 
 def test_layers_keep_experiments_apart(http: httpx.Client):

@@ -187,3 +187,33 @@ async def test_one_busy_tenant_leaves_the_others_their_share():
     assert max(waits) <= 9
     outcomes = await asyncio.gather(*hot, return_exceptions=True)
     assert sum(isinstance(outcome, Overloaded) for outcome in outcomes) == 5, "their places were the hot one's last"
+
+
+async def test_spare_requests_take_half_of_the_places_at_most():
+    queue = FairQueue(4, 8)
+    with queue.spare(), queue.spare() as second:
+        with pytest.raises(Overloaded, match="no room to spare"), queue.spare():
+            raise AssertionError("it went in")
+        assert queue.num_inside == 2 and not second.is_set()
+    assert queue.num_inside == 0
+    async with queue.turn("a", 2):
+        with pytest.raises(Overloaded), queue.spare(3):
+            raise AssertionError("it went in")
+
+
+async def test_spare_requests_leave_as_soon_as_anybody_waits():
+    queue, crowd = (queue := FairQueue(4, 8)), Crowd(queue)
+    with queue.spare(2) as given_up:
+        await crowd.arrive("a1", "a2")
+        assert crowd.inside == ["a1", "a2"] and not given_up.is_set(), "there was room beside it"
+        await crowd.arrive("b1")
+        assert crowd.inside == ["a1", "a2"] and given_up.is_set()
+        with pytest.raises(Overloaded), queue.spare():
+            raise AssertionError("it went in before who waits")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert crowd.inside == ["a1", "a2", "b1"]
+    for event in crowd.leave.values():
+        event.set()
+    await asyncio.gather(*crowd.tasks.values())
+    assert queue.num_inside == 0

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from serve.experiments import assignment
 from serve.experiments.assignment import (
     Draw,
     Subject,
@@ -24,7 +25,7 @@ from serve.experiments.assignment import (
 )
 from serve.experiments.definition import Arm, Condition
 
-VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
+VECTORS = json.loads((Path(assignment.__file__).parent / "vectors.json").read_text())
 UNITS = [f"user-{number}" for number in range(100_000)]
 
 

@@ -213,6 +213,25 @@ def test_looks_are_thinned_and_keep_their_ends(database: Database):
     assert reader.lowest_p("e", 1) == 0.5 and reader.lowest_p("e", 2) == 1.0
 
 
+def test_what_was_seen_goes_when_its_experiment_is_long_over(experiments: Experiments, database: Database):
+    trials, reader = Trials(database), EvidenceReader(database)
+    made = [act(experiments, create(experiments, name, alias=name), Action.RUN) for name in ("over", "live")]
+    for number, one in enumerate(made):
+        ids = range(1000 * number, 1000 * number + 600)
+        trials.add([trial(n, one.id) for n in ids] + [Outcome(request_id=f"r{n}", status=200) for n in ids])
+        trials.add([Exposure(experiment=one.id, phase=1, unit="u", arm="a", request_id="r", at=NOW)])
+        trials.add([Pair(experiment=one.id, phase=1, request_id="r", served="a", shadow="b", prompt=None, answer="",
+                         shadow_answer="", at=NOW)])  # fmt: skip
+    reader.keep(made[0].id, 1, NOW, {"shares": {"p_value": 0.5}})
+    act(experiments, made[0], Action.ROLL_BACK, Action.ARCHIVE)
+    assert trials.forget(NOW - timedelta(days=1)) == 0
+    later = datetime.now(UTC) + timedelta(days=1)
+    assert [trials.forget(later) for _ in range(3)] == [500, 100, 0]
+    gone, kept = (reader.of(one.id, 1, one.plan) for one in made)
+    assert not gone.arms and trials.pairs(made[0].id, limit=9) == [] and reader.looks(made[0].id, 1)
+    assert kept.arms["a"].requests == 600 and len(trials.pairs(made[1].id, limit=9)) == 1
+
+
 METRICS = (
     Metric(name="liked"),
     Metric(name="liked_each", level="request"),
@@ -286,8 +305,9 @@ def test_the_database_adds_up_as_python_does(database: Database, experiments: Ex
                 wanted[arm, name][f"u{unit}"] = (sum(tally[name]), len(tally[name]))
         wanted[arm, "liked_any"][f"u{unit}"] = (float(any(tally["liked"])), 1)
         wanted[arm, "score_sum"][f"u{unit}"] = (sum(tally["score"]), 1)
-        wanted[arm, "liked_each"][f"u{unit}"] = (sum(tally["liked"]), requests)
-        wanted[arm, "score_each"][f"u{unit}"] = (sum(tally["score"]), requests)
+        if requests:
+            wanted[arm, "liked_each"][f"u{unit}"] = (sum(tally["liked"]), requests)
+            wanted[arm, "score_each"][f"u{unit}"] = (sum(tally["score"]), requests)
     # Of no consequence: not counted, another phase, another experiment, without a unit.
     events += [
         trial(9001, made.id, counts=False),
