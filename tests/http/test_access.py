@@ -255,3 +255,44 @@ def test_many_who_send_the_same_change_at_once_hear_the_same(guarded: Served, ma
         statuses = list(pool.map(send, range(16)))
     assert statuses.count(201) >= 1 and set(statuses) <= {201, 409}
     assert managing.get("/v1/adapters/many").json()["num_versions"] == 1
+
+
+def test_who_may_experiment_and_report(guarded: Served):
+    experimenting, infer, other = (
+        httpx.Client(base_url=guarded.url, headers=bearer(key(guarded, *options)), timeout=60)
+        for options in (
+            ("-s", "experiments", "-a", "support-*"),
+            ("-s", "infer", "-a", "support-*"),
+            ("-s", "infer"),
+        )
+    )
+    arms = [{"name": "control", "target": "support-en"}, {"name": "treatment", "target": "support-de"}]
+    definition = {"name": "language", "alias": "support-any", "arms": arms, "metrics": [{"name": "solved"}]}
+    assert infer.post("/v1/experiments", json=definition).status_code == 403
+    assert infer.put("/v1/aliases/support-x", json={"target": "base"}).status_code == 403
+    for beyond, status in (
+        ({"alias": "sales-any"}, 403),
+        ({"arms": [arms[0], {"name": "treatment", "target": "sales"}]}, 404),
+    ):
+        assert experimenting.post("/v1/experiments", json=definition | beyond).status_code == status
+    experimenting.post("/v1/experiments", json=definition).raise_for_status()
+    experimenting.post("/v1/experiments/language/run", json={}).raise_for_status()
+    assert other.get("/v1/experiments/language").status_code == 403
+    ask = {"model": "support-any", "prompt": "hi", "user": "u"}
+    answer = infer.post("/v1/completions", json=ask)
+    assert answer.headers["X-Assignment"] == "hash"
+    assert "support-any" in [model["id"] for model in infer.get("/v1/models").json()["data"]]
+    forced = infer.post("/v1/completions", json=ask, headers={"X-Force-Variant": "treatment"})
+    assert forced.status_code == 403 and "'experiments'" in forced.json()["error"]["message"]
+    report = {"request_id": answer.headers["X-Request-Id"], "metric": "solved", "value": True}
+    assert other.post("/v1/feedback", json=report).status_code == 404, "another key's request"
+    assert infer.post("/v1/feedback", json=report).json()["counts"] is True
+    again = experimenting.post("/v1/feedback", json={**report, "idempotency_key": "judge"})
+    assert again.status_code == 200, "who runs the experiment may report for all"
+    by_tenant = {"attribute": "tenant", "any_of": ["somebody else"]}
+    changed = experimenting.patch("/v1/experiments/language", json={"conditions": [by_tenant], "new_phase": True})
+    assert changed.status_code == 200
+    assert infer.post("/v1/completions", json=ask).headers["X-Assignment"] == "not_enrolled"
+    experimenting.post("/v1/experiments/language/roll_back", json={}).raise_for_status()
+    entry = experimenting.get("/v1/experiments/language/history").json()["data"][0]
+    assert entry["actor"].startswith("someone ("), "the history names the key"

@@ -23,7 +23,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         write_fake_adapter(root / name, name=name, head=name != "third")
     settings = {
         "base": {"name": "base"},
-        "engine": {"kind": "fake", "options": {"max_running": 4, "token_s": 0.005, "max_model_len": 500}},
+        "engine": {"kind": "fake", "options": {"max_running": 16, "token_s": 0.001, "max_model_len": 500}},
         "adapters": {"roots": [str(root)], "preload": {name: str(root / name) for name in names}},
         "engines": {"num_cpus": 0.5},
         "experiments": {"look_every_s": 0.5, "headers": ["x-plan"], "metadata": ["plan"]},
@@ -102,6 +102,21 @@ def test_an_alias_means_a_target_until_an_experiment_owns_it(http: httpx.Client,
         "POST", "/v1/completions", json={"model": "tone-model", "prompt": "x", "stream": True, "user": "user 7"}
     ) as stream:
         assert stream.headers["X-Variant"] == arms[7] and stream.headers["X-Assignment"] == "hash"
+
+
+def test_an_alias_may_have_an_adapters_name(http: httpx.Client):
+    """So that clients who ask for an adapter come into an experiment on it, and change nothing."""
+    assert answered_by(ask(http, "broken")) == "broken"
+    assert http.put("/v1/aliases/broken", json={"target": "old:0.5+new:0.5"}).status_code == 200
+    combined = ask(http, "broken")
+    assert combined.json()["choices"][0]["text"].startswith("new:0.5+old:0.5 ") and combined.json()["model"] == "broken"
+    assert answered_by(ask(http, "broken@latest")) == "broken", "with a version it is the adapter"
+    assert [model["id"] for model in http.get("/v1/models").json()["data"]].count("broken") == 1
+    assert http.put("/v1/aliases/base", json={"target": "old"}).status_code == 400
+    assert http.put("/v1/aliases/new", json={"target": "nothing"}).status_code == 404
+    assert http.delete("/v1/aliases/broken").status_code == 200
+    assert answered_by(ask(http, "broken")) == "broken"
+    assert http.delete("/v1/aliases/broken").status_code == 404
 
 
 def test_every_endpoint_resolves_it(http: httpx.Client):
@@ -267,14 +282,14 @@ def test_shadow_arms_are_compared_and_answer_nobody(http: httpx.Client):
 
 
 def test_shadow_arms_give_way(http: httpx.Client):
-    """An engine of 4 lanes, kept busy by 12 users: no copy finds room, and nobody's answer is late for one."""
+    """An engine with 24 places, kept busy by 14 users: few copies find room, and nobody's answer is late for one."""
     arms = [{"name": "control", "target": "old"}, {"name": "idea", "target": "new", "shadow": True}]
     create(http, "busy", arms=arms, shadow={"share": 1.0})
 
     def burst() -> float:
         begun = time.monotonic()
-        with ThreadPoolExecutor(12) as pool:
-            answers = list(pool.map(lambda n: ask(http, "busy-model", user=f"u{n}", max_tokens=40), range(60)))
+        with ThreadPoolExecutor(14) as pool:
+            answers = list(pool.map(lambda n: ask(http, "busy-model", user=f"u{n}", max_tokens=80), range(60)))
         assert {response.status_code for response in answers} == {200}
         return time.monotonic() - begun
 

@@ -33,7 +33,8 @@ def test_request_ids_come_back(http: httpx.Client):
 
 def test_answers_name_what_served_them(http: httpx.Client):
     response = http.post("/v1/chat/completions", json={**SLOW, "model": "french:2+shape", "max_tokens": 2})
-    assert response.headers["x-model-served"] == "french:2.0+shape"
+    served = r"french@[0-9a-f]{12}:2\.0\+shape@[0-9a-f]{12}"
+    assert re.fullmatch(served, response.headers["x-model-served"])
 
 
 def test_adapters_come_and_go(http: httpx.Client, adapter_root):

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_runtime.errors import CallerError, InvalidCombination, InvalidRequest, NotFound
-from serve.targets import MAX_MEMBERS, Member, Registered, canonical, parse, resolve
+from serve.targets import (
+    BASE,
+    MAX_MEMBERS,
+    Member,
+    Registered,
+    canonical,
+    exact_members,
+    parse,
+    resolve,
+    target_of,
+)
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True)
 WEIGHTS = st.floats(-1e4, 1e4, allow_nan=False).filter(lambda w: w != 0)
@@ -35,6 +47,20 @@ def test_any_text_is_read_or_refused(text):
         assert error.message
 
 
+@given(st.lists(st.sampled_from(["shape", "french"]), max_size=2, unique=True), st.floats(-100, 100))
+def test_an_exact_target_means_the_same_ever_after(names, weight):
+    members = [Member(name, None, weight) for name in names if weight]
+    found = resolve(None, members, "base", REGISTERED) if members else resolve("base", None, "base", REGISTERED)
+    newest = "9" * 64
+    both = {
+        name: replace(known, versions={**known.versions, newest: "/new"}, default=newest)
+        for name, known in REGISTERED.items()
+    }
+    for read in (target_of(exact_members(found.exact), "x", "other", both), resolve(found.exact, None, "base", both)):
+        assert set(read.adapters) == set(found.adapters)
+    assert (found.exact == BASE) == (not members)
+
+
 @pytest.mark.parametrize(
     ("text", "members"),
     [
@@ -50,7 +76,7 @@ def test_spellings(text, members):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "+", "a+", "+a", "a:", "a::1", "a:x", "a@", "a b", "ä", "a:1:2", "x" * 3000, "../a"]
+    "text", ["", "+", "a+", "+a", "a:", "a::1", "a:x", "a@", "a b", "ä", "a:1:2", "x" * 5000, "../a"]
 )
 def test_malformed_names_are_refused(text):
     with pytest.raises(InvalidRequest):

@@ -6,6 +6,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -161,9 +162,10 @@ def test_events_are_added_once(database: Database):
 
 def test_feedback_is_checked_and_counts_once(experiments: Experiments, database: Database):
     made = create(experiments, metrics=[{"name": "solved"}, {"name": "score", "kind": "float"}], feedback_window_s=60)
-    trials = Trials(database)
-    old = NOW - timedelta(seconds=61)
-    trials.add([trial(1, made.id), trial(2, made.id, at=old), trial(3, made.id, assignment=Kind.FALLBACK)])
+    trials, now = Trials(database), datetime.now(UTC)
+    old = now - timedelta(seconds=61)
+    for event in (trial(1, made.id), trial(2, made.id, at=old), trial(3, made.id, assignment=Kind.FALLBACK)):
+        trials.add([replace(event, at=old if event.request_id == "r2" else now)])
 
     def report(request: str, metric: str, value: bool | float, key: str = "", owner: str = "key", **more: bool):
         return trials.feedback(request, metric, value, key=key, owner=owner, **more)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from serve.experiments.analysis import results_of
-from tests.unit.serve.experiments.worlds import NOW, experiment, looks
+from tests.unit.serve.experiments.worlds import NOW, experiment, looks, returning
 
 RUNS, LOOKS = 1000, 50
 
@@ -55,6 +55,24 @@ def test_a_real_effect_is_seen_and_when(capsys):
         )
     assert len(stopped) / RUNS > 0.9
     assert wrong <= 0.005 * RUNS
+
+
+def test_users_who_come_back_do_not_make_it_err(capsys):
+    """The sequence is over units, and here no unit is new: all that comes is more of the same ones."""
+    rng, runs = np.random.default_rng(4), 300
+    running = experiment("a", "b", analysis={"units": 5000})
+    found = {}
+    for units in (200, 2500):
+        found[units] = sum(
+            any(
+                results_of(running, evidence, NOW).winner is not None
+                for evidence in returning(rng, {"a": 0.4, "b": 0.4}, units=units, num_looks=LOOKS)
+            )
+            for _ in range(runs)
+        )
+    with capsys.disabled():
+        print(f"\nA/A with the same users over {LOOKS} looks, {runs} runs: winners by units of an arm {found}")
+    assert all(count / runs <= 0.05 for count in found.values())
 
 
 def test_three_equal_arms_err_no_more_than_two(capsys):

@@ -55,6 +55,28 @@ def looks(
         )
 
 
+def returning(
+    rng: np.random.Generator, rates: dict[str, float], *, units: int, num_looks: int, spread: float = 0.2
+) -> Iterator[Evidence]:
+    """As :func:`looks`, but everybody is there from the first look on and comes back: what is known of a unit grows."""
+    own = {
+        arm: rng.beta(rate * (c := rate * (1 - rate) / spread**2 - 1), (1 - rate) * c, units)
+        for arm, rate in rates.items()
+    }
+    y, x = ({arm: np.zeros(units) for arm in rates} for _ in range(2))
+    for _ in range(num_looks):
+        arms = {}
+        for arm, rate in own.items():
+            asked = rng.poisson(0.7, units)
+            x[arm] += asked
+            y[arm] += rng.binomial(asked, rate)
+            seen = x[arm] > 0
+            rows = (y[arm], x[arm], y[arm] ** 2, x[arm] * y[arm], x[arm] ** 2)
+            sums = _sums(int(seen.sum()), np.array([row.sum() for row in rows]))
+            arms[arm] = ArmEvidence(units=units, requests=int(x[arm].sum()), metrics={"solved": sums})
+        yield Evidence(arms=arms)
+
+
 def _sums(n: int, row: np.ndarray) -> Sums:
     y, x, yy, xy, xx = (float(value) for value in row)
     return Sums(n=n, y=y, x=x, yy=yy, xy=xy, xx=xx, is_binary=True)
