@@ -53,7 +53,7 @@ def gateway_app(settings: Settings, engines: EngineClient) -> FastAPI:
         base_name=settings.base.name,
         unit_secret=settings.experiments.unit_secret.get_secret_value(),
     )
-    recorder = Recorder(trials.add)
+    recorder = Recorder(trials.add, metrics.lost)
     experimentation = Experimentation(
         experiments,
         trials,

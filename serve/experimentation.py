@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from lora_runtime.errors import Conflict, InvalidRequest
 from serve.assigner import Assigner, draw_of
@@ -32,6 +32,9 @@ from serve.targets import NAME, Target, exact_members, resolve, target_of
 
 MANAGER = Identity(id="", name="experiments", scopes=frozenset())
 """Who the audit names where an experiment acts by itself."""
+
+
+_KEPT = TypeAdapter(Results)
 
 
 class Experimentation:
@@ -240,6 +243,9 @@ class Experimentation:
 
     def _results(self, experiment: Experiment) -> Results:
         number = experiment.phase.number
+        if experiment.state is State.ARCHIVED and (looks := self._evidence.looks(experiment.id, number)):
+            # What it was added up from may have gone since.
+            return _KEPT.validate_python({**looks[-1].results, "state": str(experiment.state)})
         evidence = self._evidence.of(experiment.id, number, experiment.plan)
         lowest = self._evidence.lowest_p(experiment.id, number)
         return results_of(experiment, evidence, datetime.now(UTC), lowest_p=lowest)

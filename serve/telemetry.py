@@ -58,6 +58,11 @@ class Metrics:
             ["experiment", "variant", "outcome"],
             registry=self._registry,
         )
+        self._lost = Counter(
+            "loom_experiment_events_lost",
+            "Events of experiments that were dropped while the registry was away",
+            registry=self._registry,
+        )
         self._engine = Gauge(
             "loom_engine", "State and counters of all engine replicas together", ["value"], registry=self._registry
         )
@@ -86,6 +91,10 @@ class Metrics:
     def mirrored(self, experiment: str, variant: str, outcome: str) -> None:
         """One copy for a shadow arm came to an end."""
         self._shadows.labels(experiment, variant, outcome).inc()
+
+    def lost(self, count: int) -> None:
+        """So many events of experiments were dropped."""
+        self._lost.inc(count)
 
     def exposition(self, engines: Sequence[EngineStats]) -> bytes:
         """Prometheus text; engine values are sums over ``engines``."""

@@ -26,13 +26,14 @@ class Recorder:
     tried again, in order. Used from one event loop.
     """
 
-    def __init__(self, write: Callable[[Sequence[Event]], None]) -> None:
+    def __init__(self, write: Callable[[Sequence[Event]], None], lost: Callable[[int], None] = lambda _: None) -> None:
+        """``lost`` is told how many events had to be dropped."""
         self._write = write
+        self._lost = lost
         self._waiting: list[Event] = []
         self._exposed: OrderedDict[tuple[str, int, str], None] = OrderedDict()
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
-        self.num_lost = 0
 
     def note(self, event: Event) -> None:
         """Write ``event`` down soon. A unit's exposure in a phase is written once."""
@@ -46,7 +47,7 @@ class Recorder:
         self._waiting.append(event)
         if (excess := len(self._waiting) - MAX_WAITING) > 0:
             del self._waiting[:excess]
-            self.num_lost += excess
+            self._lost(excess)
 
     async def flush(self) -> None:
         """Write down all that was noted before now. Raises what ``write`` raises."""

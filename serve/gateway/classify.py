@@ -10,9 +10,9 @@ from fastapi import APIRouter, Request, Response
 from lora_runtime.engine.protocol import Classification, ClassifyRequest, Prompt, Usage
 from lora_runtime.errors import LoomError
 from serve.gateway.access import Who, needs
+from serve.gateway.dispatch import Dispatch
 from serve.gateway.errors import CLIENT_LEFT, error_body
 from serve.gateway.generation import Services, total
-from serve.gateway.trial import Dispatch
 from serve.identity import Identity, Scope
 from serve.schemas.management import ClassifyAnswer, ClassifyBody, ClassifyResult, LabelScore
 from serve.tracing import traceparent

@@ -22,10 +22,10 @@ from serve.catalog import Catalog
 from serve.engine_client import EngineClient, Events
 from serve.experimentation import Experimentation
 from serve.experiments.recorder import Recorder
+from serve.gateway.dispatch import Dispatch, forced_variant, subject_of
 from serve.gateway.errors import CLIENT_LEFT, error_body
 from serve.gateway.fetching import ImageFetcher
 from serve.gateway.shadowing import Shadows
-from serve.gateway.trial import Dispatch, forced_variant, subject_of
 from serve.identity import Identity, Reachable
 from serve.registry.garbage import Garbage
 from serve.registry.replies import Replies

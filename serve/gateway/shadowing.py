@@ -19,7 +19,7 @@ from serve.engine_client import EngineClient
 from serve.experiments.assignment import uniform
 from serve.experiments.events import Pair
 from serve.experiments.recorder import Recorder
-from serve.gateway.trial import Dispatch
+from serve.gateway.dispatch import Dispatch
 from serve.targets import Target
 from serve.telemetry import Metrics
 

@@ -216,7 +216,10 @@ def test_its_life_and_what_it_leaves(http: httpx.Client):
     assert http.delete("/v1/adapters/new").status_code == 409, "an alias means it"
     act(http, "lived", "roll_back", reason="complaints")
     assert answered_by(ask(http, "lived-model", user="u")) == "old"
+    counted = http.get("/v1/experiments/lived/results").json()["results"]
     act(http, "lived", "archive")
+    kept = http.get("/v1/experiments/lived/results").json()["results"]
+    assert (kept["state"], kept["arms"]) == ("archived", counted["arms"])
     history = http.get("/v1/experiments/lived/history").json()["data"]
     assert [entry["action"] for entry in reversed(history)] == [
         *("experiment.create", "experiment.ramp", "experiment.run", "experiment.pause", "experiment.resume"),

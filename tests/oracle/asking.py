@@ -34,6 +34,24 @@ async def answer(
     return tokens, logprobs
 
 
+async def check_coldness(engine: Engine, prompt: Prompt, refs: Sequence[AdapterRef]) -> None:
+    """Usage says whether a request had to wait for an adapter. ``refs``: one, and enough others to evict it."""
+
+    async def was_cold(*adapters: AdapterRef) -> bool:
+        sampling = Sampling(temperature=0.0, max_tokens=2, ignore_eos=True)
+        request = GenerateRequest(request_id="test", prompt=prompt, adapters=adapters, sampling=sampling)
+        usages = [event.usage async for event in engine.generate(request) if event.usage is not None]
+        return usages[0].was_cold
+
+    first, *others = refs
+    for other in others:
+        await was_cold(other)
+    assert await was_cold(first)
+    assert not await was_cold(first)
+    assert await was_cold(first, others[0]), "one of two is enough"
+    assert not await was_cold(first, others[0]) and not await was_cold()
+
+
 async def check_mixed_batch(
     engine: Engine,
     refs: Mapping[Target, tuple[AdapterRef, ...]],

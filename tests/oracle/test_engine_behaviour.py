@@ -37,6 +37,7 @@ from lora_runtime.errors import (
     NotFound,
     Overloaded,
 )
+from tests.oracle.asking import check_coldness
 from tests.oracle.world import World, chat, picture
 
 HELLO = chat("hello")
@@ -193,6 +194,13 @@ async def test_a_pinned_adapter_stays_until_it_is_unpinned(world):
     await engine.close()
     with pytest.raises(EngineFault):
         await engine.pin(kept)
+
+
+async def test_usage_says_what_had_to_be_loaded(world):
+    engine = EmbeddedEngine(EmbeddedConfig(base_path=str(world.base), max_slots=2))
+    await engine.start()
+    await check_coldness(engine, HELLO, [world.ref(name) for name in ("plain", "tower", "rslora")])
+    await engine.close()
 
 
 async def test_an_idle_engine_rests(engine):

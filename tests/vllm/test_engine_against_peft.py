@@ -9,7 +9,7 @@ import pytest
 
 from lora_runtime.engine.protocol import ClassifyRequest, GenerateRequest, Sampling
 from tests.oracle.answers import PROMPTS, oracle_answers, prepare, refs_of
-from tests.oracle.asking import answer, check_mixed_batch, close
+from tests.oracle.asking import answer, check_coldness, check_mixed_batch, close
 from tests.oracle.world import LABELS, build_world, chat, greedy, label_probabilities, picture
 from tests.vllm.conftest import running
 
@@ -55,6 +55,11 @@ async def test_an_image_is_encoded_once_for_all_adapters_without_a_visual_part(e
     assert await encoded() == before + 1
     await answer(engine, prompt, (world.ref("saved_merger"),), count=1)
     assert await encoded() == before + 2
+
+
+async def test_usage_says_what_had_to_be_loaded(engine, world):
+    names = ("plain", "rslora", "tower", "saved_head", "saved_merger")
+    await check_coldness(engine, chat("hello"), [world.ref(name) for name in names])
 
 
 async def test_scopes_share_nothing_that_is_kept(engine, world):

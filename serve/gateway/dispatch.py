@@ -43,9 +43,9 @@ class Dispatch:
     assigned: Assigned | None = None
     recorder: Recorder | None = None
     parts: int = 1
-    _kind: Kind | None = None
-    _is_written: bool = False
-    _ended: list[tuple[int, float | None, float | None, Usage]] = field(default_factory=list)
+    _kind: Kind | None = field(default=None, init=False)
+    _is_written: bool = field(default=False, init=False)
+    _ended: list[tuple[int, float | None, float | None, Usage]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if self.assigned is not None:
