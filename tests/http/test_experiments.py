@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from serve.cli import app
 from tests.fakes import write_fake_adapter
 from tests.served import Served, served
 
@@ -207,6 +212,9 @@ def test_its_life_and_what_it_leaves(http: httpx.Client):
     phased = http.patch("/v1/experiments/lived", json={"arms": arms, "new_phase": True, "reason": "less of it"}).json()
     assert (phased["phase"]["number"], phased["phase"]["drawn"]) == (2, 1)
     assert ask(http, "lived-model", user="u").headers["X-Experiment-Phase"] == "2"
+    before = http.get("/v1/experiments/lived/results", params={"phase": 1}).json()["results"]
+    assert (before["phase"], [arm["planned_share"] for arm in before["arms"]]) == (1, [0.5, 0.5])
+    assert http.get("/v1/experiments/lived/results", params={"phase": 9}).status_code == 404
     assert act(http, "lived", "decide", 409)["error"]["message"].startswith("Say which 'arm'")
     act(http, "lived", "decide", arm="treatment", reason="a hunch")
     assert ask(http, "lived-model", user="u").headers["X-Assignment"] == "hash", "nobody changes arms at a decision"
@@ -282,6 +290,34 @@ def test_shadow_arms_are_compared_and_answer_nobody(http: httpx.Client):
         'loom_shadow_requests_total{experiment="shadowed",outcome="answered",variant="idea"}'
         in http.get("/metrics").text
     )
+
+
+def test_the_command_line(http: httpx.Client, service: Served, tmp_path: Path):
+    def loom(*arguments: str, status: int = 0) -> str:
+        done = CliRunner().invoke(app, list(arguments), env={"LOOM_URL": service.url, "COLUMNS": "200"})
+        assert done.exit_code == status, done.output
+        return done.output
+
+    whole, part = tmp_path / "whole.yaml", tmp_path / "part.json"
+    whole.write_text(yaml.safe_dump(definition("typed")))
+    part.write_text('{"coverage": 0.5}')
+    assert "is a draft; it can shadow, ramp, run, archive" in loom("experiments", "create", str(whole))
+    assert "typed is running" in loom("experiments", "move", "typed", "run", "-r", "why not")
+    assert "needs a new phase" in loom("experiments", "change", "typed", str(part), status=1)
+    assert "phase 2" in loom("experiments", "change", "typed", str(part), "--new-phase", "-r", "less")
+    assert "50 %" in loom("experiments", "ls") and "why not" in loom("experiments", "history", "typed")
+    shown = loom("experiments", "results", "typed")
+    assert "Fewer than 100 units" in shown and "solved" in shown and "ttft" in shown
+    assert "typed-model" in loom("aliases", "ls")
+    assert "owns 'typed-model'" in loom("aliases", "set", "typed-model", "new", status=1)
+    loom("experiments", "move", "typed", "roll_back")
+    moved = loom("aliases", "set", "typed-model", "old:0.5+new:0.5")
+    assert "means new:0.5+old:0.5" in re.sub("@[0-9a-f]{64}", "", moved)
+    assert "Removed" in loom("aliases", "rm", "typed-model")
+    assert "only a draft" in loom("experiments", "rm", "typed", status=1)
+    part.write_text("{")
+    assert "no valid YAML" in loom("experiments", "create", str(part), status=1)
+    assert "cannot be read" in loom("experiments", "create", str(tmp_path / "none.yaml"), status=1)
 
 
 def test_shadow_arms_give_way(http: httpx.Client):

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare, dirichlet_multinomial, multinomial
 from statsmodels.api import OLS
@@ -70,10 +70,10 @@ def test_a_ratio_over_units_is_the_regression_with_clusters():
     assert found.variance > 3 * naive, "requests taken for independent would look far too certain"
 
 
+@settings(max_examples=30)  # statsmodels takes 40 ms for each
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_statsmodels(p_values: list[float]):
     named = {str(i): p for i, p in enumerate(p_values)}
-    assert list(holm(named).values()) or not named
     oracle = multipletests(p_values, method="holm")[1]
     assert [holm(named)[str(i)] for i in range(len(p_values))] == pytest.approx(list(oracle), abs=1e-12)
 
