@@ -24,6 +24,8 @@ from lora_runtime.errors import InvalidCombination
 from lora_runtime.weights import NOT_SAVED, AdapterWeights, BaseParameter, Head, LoraFactors, SavedModule, TokenRows
 
 Member = tuple[AdapterWeights, float]
+WeightOf = Callable[[str], float]
+"""The weight of an adapter at a leaf or a head, by its name."""
 
 Part = TypeVar("Part")
 
@@ -34,7 +36,26 @@ def combine(members: Sequence[Member], base: BaseParameter) -> AdapterWeights:
     A head has no base to differ from, so heads add as Σ wᵢ Wᵢ; their labels must agree.
     """
     check_weights([weight for _, weight in members])
-    lora = _each_leaf(members, "lora", _sum_factors)
+    return assembled(
+        [(adapter, _everywhere(weight)) for adapter, weight in members],
+        base,
+        sum_factors,
+        version=combined_version([(adapter.version, weight) for adapter, weight in members]),
+    )
+
+
+def assembled(
+    members: Sequence[tuple[AdapterWeights, WeightOf]],
+    base: BaseParameter,
+    merge_factors: Callable[[str, Sequence[tuple[LoraFactors, float]]], LoraFactors],
+    *,
+    version: str,
+) -> AdapterWeights:
+    """One adapter of several, with weights by leaf, whose low-rank parts ``merge_factors`` makes into one.
+
+    All that is carried in full is added up: W₀ + Σ wᵢ (Wᵢ - W₀). Raises InvalidCombination.
+    """
+    lora = _each_leaf(members, "lora", merge_factors)
     saved = _each_leaf(members, "saved", lambda name, parts: _sum_saved(name, parts, base))
     rows = _each_leaf(members, "token_rows", lambda name, parts: _sum_rows(name, parts, base))
     for name in [name for name in rows if "weight" in saved.get(name, NOT_SAVED).parameters or name in lora]:
@@ -46,7 +67,7 @@ def combine(members: Sequence[Member], base: BaseParameter) -> AdapterWeights:
             lora[name] = _with_rows(lora[name], rows[name].indices, change)
         del rows[name]
     return AdapterWeights(
-        version=combined_version([(adapter.version, weight) for adapter, weight in members]),
+        version=version,
         lora=lora,
         saved=saved,
         token_rows=rows,
@@ -86,23 +107,35 @@ def sum_heads(name: str, parts: Sequence[tuple[Head, float]]) -> Head:
 
 
 def _each_leaf(
-    members: Sequence[Member], kind: str, merge: Callable[[str, Sequence[tuple[Part, float]]], Part]
+    members: Sequence[tuple[AdapterWeights, WeightOf]],
+    kind: str,
+    merge: Callable[[str, Sequence[tuple[Part, float]]], Part],
 ) -> dict[str, Part]:
     collected: dict[str, list[tuple[Part, float]]] = {}
-    for adapter, weight in members:
+    for adapter, weight_of in members:
         for name, part in getattr(adapter, kind).items():
-            collected.setdefault(name, []).append((part, weight))
+            collected.setdefault(name, []).append((part, weight_of(name)))
     return {name: merge(name, parts) for name, parts in collected.items()}
 
 
-def _sum_factors(name: str, parts: Sequence[tuple[LoraFactors, float]]) -> LoraFactors:
+def _everywhere(weight: float) -> WeightOf:
+    return lambda _: weight
+
+
+def sum_biases(parts: Sequence[tuple[LoraFactors, float]]) -> Tensor | None:
+    """Σ wᵢ sᵢ bᵢ of the LoRA biases, where there are any."""
     biases = [(f.bias, weight * f.scaling) for f, weight in parts if f.bias is not None]
+    return _weighted_sum(biases) if biases else None
+
+
+def sum_factors(_: str, parts: Sequence[tuple[LoraFactors, float]]) -> LoraFactors:
+    """Σ wᵢ sᵢ Bᵢ Aᵢ exactly: ranks side by side."""
     return LoraFactors(
         a=torch.cat([f.a.float() for f, _ in parts]),
         b=torch.cat([f.b.float() * (weight * f.scaling) for f, weight in parts], dim=1),
         scaling=1.0,
         kind=parts[0][0].kind,
-        bias=_weighted_sum(biases) if biases else None,
+        bias=sum_biases(parts),
     )
 
 

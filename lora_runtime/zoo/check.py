@@ -43,7 +43,7 @@ def check(zoo: Path, *, count: int = NUM_EXAMPLES) -> list[AccuracyRow]:
         AutoTokenizer.from_pretrained(zoo / "base"), Qwen2VLImageProcessorPil.from_pretrained(zoo / "base")
     )
     base = _load(zoo)
-    own = _answers_right(base, batcher, "colour", count)
+    own = answers_right(base, batcher, "colour", count)
     rows = [AccuracyRow("base", "colour", own, 1 / TASKS["colour"].choices, None, own >= GOOD_BASE)]
     for name, task in TASK_OF_ADAPTER.items():
         chance = 1 / TASKS[task].choices
@@ -51,14 +51,14 @@ def check(zoo: Path, *, count: int = NUM_EXAMPLES) -> list[AccuracyRow]:
             right, before = _labels_right(zoo, batcher, task, count), None
         else:
             adapted = PeftModel.from_pretrained(_load(zoo), zoo / "adapters" / name).eval()
-            right, before = _answers_right(adapted, batcher, task, count), _answers_right(base, batcher, task, count)
+            right, before = answers_right(adapted, batcher, task, count), answers_right(base, batcher, task, count)
         is_good = right >= GOOD_ADAPTER and (before is None or before <= chance + 0.1)
         rows.append(AccuracyRow(name, task, right, chance, before, is_good))
     for label, shares in COMBINATIONS.items():
         combined = _combined(zoo, shares)
         for name in shares:
             task = TASK_OF_ADAPTER[name]
-            right = _answers_right(combined, batcher, task, count)
+            right = answers_right(combined, batcher, task, count)
             rows.append(AccuracyRow(label, task, right, 1 / TASKS[task].choices, None, right >= GOOD_COMBINATION))
     return rows
 
@@ -77,7 +77,7 @@ def _combined(zoo: Path, shares: dict[str, float]) -> Any:
 
 
 @torch.no_grad()
-def _answers_right(model: Any, batcher: Batcher, task: str, count: int) -> float:
+def answers_right(model: Any, batcher: Batcher, task: str, count: int) -> float:
     """Share of answers whose every token, the end included, is the likeliest: greedy decoding's exact match."""
     batch = batcher.batch(examples(task, "heldout", count))
     predicted = model(**batch.inputs).logits[:, :-1].argmax(-1)

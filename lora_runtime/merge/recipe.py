@@ -1,0 +1,152 @@
+"""What a merge is to be, checked as a whole before anything is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lora_runtime.merge.rules import RULES, Convention, Options
+
+MAX_INPUTS = 64
+EXACT = ("cat", "linear")
+"""Methods that lose nothing, whatever their space."""
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)(?:\.|$)")
+
+Number = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
+Gradient = Annotated[tuple[Number, ...], Field(min_length=2, max_length=256)]
+Method = Literal[
+    "cat",
+    "linear",
+    "svd",
+    "magnitude_prune",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "breadcrumbs",
+    "tsv",
+    "iso_c",
+    "slerp",
+    "karcher",
+]
+
+
+class Part(BaseModel):
+    """A piece of a recipe: unknown fields are errors, and nothing is changed in place."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModuleWeight(Part):
+    """A weight for the leaves whose names match ``modules`` (``*.self_attn.*``)."""
+
+    modules: str = Field(min_length=1, max_length=256)
+    weight: Number | Gradient
+
+
+class Input(Part):
+    """An adapter and its weight: a number; several, spread evenly over the layers from first to last; or by modules,
+    the first that matches (1 where none does). Leaves outside of any layer take a spread's first number."""
+
+    adapter: str = Field(min_length=1, max_length=4096)
+    weight: Number | Gradient | tuple[ModuleWeight, ...] = 1.0
+
+    def weight_at(self, leaf: str, num_layers: int) -> float:
+        """``num_layers`` of the stack that ``leaf`` is in."""
+        weight = self.weight
+        if isinstance(weight, tuple) and weight and isinstance(weight[0], ModuleWeight):
+            by_modules = [part for part in weight if isinstance(part, ModuleWeight)]
+            weight = next((part.weight for part in by_modules if fnmatchcase(leaf, part.modules)), 1.0)
+        if isinstance(weight, float | int):
+            return float(weight)
+        return _along(tuple(float(value) for value in weight), leaf, num_layers)  # type: ignore[arg-type]
+
+
+class Recipe(Part):
+    """``method`` over ``inputs``; ``space``: where rules look at entries, the small core or the whole matrices.
+
+    The result is ``scale`` times what the method makes (λ of the papers), of ``rank`` at most where the method is not
+    exact: if none is given, the largest of the inputs' for ``svd``, and otherwise all that there is. Everything random
+    follows from ``seed`` and from the tensor's name.
+    """
+
+    method: Method
+    inputs: tuple[Input, ...] = Field(min_length=1, max_length=MAX_INPUTS)
+    space: Literal["core", "full"] = "core"
+    rank: int | None = Field(default=None, ge=1, le=16384)
+    density: float = Field(default=0.5, gt=0, le=1)
+    epsilon: float = Field(default=0.2, ge=0, lt=1)
+    gamma: float = Field(default=0.01, ge=0, lt=1)
+    scale: Number = 1.0
+    convention: Convention = "mergekit"
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Recipe:
+        names = [found.adapter for found in self.inputs]
+        if len(set(names)) < len(names):
+            raise ValueError("an adapter is named twice; add its weights up")
+        if self.method in EXACT and self.rank is not None:
+            raise ValueError(f"'{self.method}' is exact and takes no rank; 'svd' is the same at a rank")
+        if self.method == "slerp" and len(self.inputs) != 2:
+            raise ValueError("'slerp' takes two adapters; 'karcher' is the same for more")
+        if self.method in ("slerp", "karcher") and any(value <= 0 for found in self.inputs for value in _values(found)):
+            raise ValueError(f"'{self.method}' is a mean, and takes weights above 0 only")
+        if self.method == "della" and not self.epsilon / 2 < min(self.density, 1 - self.density) and self.density < 1:
+            raise ValueError("'epsilon' must be small enough that density ± epsilon/2 stays between 0 and 1")
+        return self
+
+    @property
+    def rule(self) -> str:
+        """The name in ``RULES`` of what the method does to deltas."""
+        return {"cat": "linear", "svd": "linear", "slerp": "karcher"}.get(self.method, self.method)
+
+    @property
+    def semantics(self) -> str:
+        """Grows when the same recipe would give another result."""
+        return f"{self.method}/{RULES[self.rule].semantics}"
+
+    @property
+    def options(self) -> Options:
+        return Options(
+            density=self.density,
+            epsilon=self.epsilon,
+            gamma=self.gamma,
+            convention=self.convention,
+        )
+
+    def version(self, inputs: dict[str, str]) -> str:
+        """Identity of the result: sha256 over the recipe, its semantics, and its ``inputs``' versions by name."""
+        said = self.model_dump(mode="json")
+        said["inputs"] = sorted([inputs[found["adapter"]], found["weight"]] for found in said["inputs"])
+        content = json.dumps({"recipe": said, "semantics": self.semantics}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def layer_of(leaf: str) -> tuple[str, int] | None:
+    """The stack that a leaf is in and its place there: ``("model.visual.blocks", 3)``."""
+    match = _LAYER.search(leaf)
+    return None if match is None else (leaf[: match.start(1) - 1], int(match[1]))
+
+
+def _along(values: tuple[float, ...], leaf: str, num_layers: int) -> float:
+    place = layer_of(leaf)
+    if place is None or num_layers < 2:
+        return values[0]
+    position = place[1] / (num_layers - 1) * (len(values) - 1)
+    low = min(int(position), len(values) - 2)
+    return values[low] + (position - low) * (values[low + 1] - values[low])
+
+
+def _values(found: Input) -> list[float]:
+    weights: list[object] = list(found.weight) if isinstance(found.weight, tuple) else [found.weight]
+    values: list[float] = []
+    for weight in weights:
+        inner = weight.weight if isinstance(weight, ModuleWeight) else weight
+        values += [float(value) for value in (inner if isinstance(inner, tuple) else (inner,))]
+    return values
