@@ -32,7 +32,8 @@ from serve.targets import NAME, Target, exact_members, resolve, target_of
 
 MANAGER = Identity(id="", name="experiments", scopes=frozenset())
 """Who the audit names where an experiment acts by itself."""
-
+BRINGING = frozenset({Action.SHADOW, Action.RAMP, Action.RUN, Action.RESUME, Action.PROMOTE})
+"""Actions that send users to arms, which are brought near first; what stops them waits for nothing."""
 
 _KEPT = TypeAdapter(Results)
 
@@ -128,7 +129,8 @@ class Experimentation:
         changed = await asyncio.to_thread(
             self._experiments.change, before.id, decide, actor=identity.actor, reason=reason
         )
-        await self._arrived(changed)
+        await self._bring_arms(changed)
+        await self._follower.refresh()
         return changed
 
     async def act(
@@ -155,7 +157,8 @@ class Experimentation:
                 )
             await self._keep(found)
             details = {"winner": found.winner, "mismatch": found.shares.is_mismatch, "units": found.units}
-        await self._bring_arms(before)
+        if action in BRINGING:
+            await self._bring_arms(before)
         after = await asyncio.to_thread(
             self._experiments.act, before.id, action, actor=identity.actor, reason=reason, arm=arm, **details
         )
@@ -254,14 +257,8 @@ class Experimentation:
         kept = {**asdict(found), "as_of": found.as_of.isoformat()}
         await asyncio.to_thread(self._evidence.keep, found.experiment, found.phase, found.as_of, kept)
 
-    async def _arrived(self, experiment: Experiment) -> None:
-        await self._bring_arms(experiment)
-        await self._follower.refresh()
-
     async def _bring_arms(self, experiment: Experiment) -> None:
         """Both arms at hand at every engine, so that neither begins slower."""
-        if experiment.state in (State.PROMOTED, State.ROLLED_BACK, State.ARCHIVED):
-            return
         for arm in experiment.phase.allocation.arms:
             members = exact_members(arm.target)
             await self._bring(target_of(members, arm.target, self._base_name, self._catalog.registered))

@@ -125,18 +125,7 @@ def router(services: Services) -> APIRouter:
     async def history(name: str, identity: Who, limit: Limit = 100, before: Before = None) -> History:
         experiment = await experiments.get(name, identity)
         found = await experiments.history(experiment, limit=limit + 1, before=before)
-        entries = [
-            AuditEntry(
-                id=entry.id,
-                at=entry.at,
-                actor=entry.actor,
-                action=entry.action,
-                subject=entry.subject,
-                details=dict(entry.details),
-            )
-            for entry in found[:limit]
-        ]
-        return History(data=entries, has_more=len(found) > limit)
+        return History(data=[AuditEntry.of(entry) for entry in found[:limit]], has_more=len(found) > limit)
 
     @routes.get("/v1/experiments/{name}/assignment", summary="Which arm a unit has")
     async def assignment(

@@ -28,18 +28,7 @@ def router(services: Services) -> APIRouter:
         before: Annotated[int | None, Query(ge=1, lt=1 << 63)] = None,
     ) -> AuditList:
         found = await catalog.audit(limit=limit + 1, before=before)
-        entries = [
-            AuditEntry(
-                id=entry.id,
-                at=entry.at,
-                actor=entry.actor,
-                action=entry.action,
-                subject=entry.subject,
-                details=dict(entry.details),
-            )
-            for entry in found[:limit]
-        ]
-        return AuditList(data=entries, has_more=len(found) > limit)
+        return AuditList(data=[AuditEntry.of(entry) for entry in found[:limit]], has_more=len(found) > limit)
 
     @routes.post(
         "/v1/store/collect",

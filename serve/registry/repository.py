@@ -185,7 +185,7 @@ def _check_unused(session: Session, name: str, version: str | None) -> None:
     if owners:
         shown = ", ".join(" ".join(owner.split("/", 1)) for owner in owners[:3])
         what = name if version is None else f"{name}@{version[:SHOWN]}"
-        raise Conflict(f"'{what}' is what {shown} means. Move or end that first.", owners=owners)
+        raise Conflict(f"'{what}' is what {shown} means. Move the alias, or archive the experiment.", owners=owners)
 
 
 def _move(session: Session, adapter: AdapterRow, alias: str, version: str, actor: str) -> AliasRow:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_runtime.engine.protocol import ChatPrompt, Prompt, TextPrompt
+from serve.registry.records import AuditRecord
 from serve.schemas.chat import ChatMessage
 from serve.schemas.common import Body, TargetedBody, Usage
 
@@ -115,6 +116,17 @@ class AuditEntry(BaseModel):
     action: str
     subject: str
     details: dict[str, Any]
+
+    @classmethod
+    def of(cls, record: AuditRecord) -> AuditEntry:
+        return cls(
+            id=record.id,
+            at=record.at,
+            actor=record.actor,
+            action=record.action,
+            subject=record.subject,
+            details=dict(record.details),
+        )
 
 
 class AuditList(BaseModel):
