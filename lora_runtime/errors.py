@@ -8,6 +8,7 @@ LoomError
 │   │   └── InvalidCombination   the weights or members of a combination make no sense
 │   ├── NotFound                 a model, adapter or head that is not here
 │   │   └── AdapterMissing       an adapter's files are gone
+│   ├── CheckpointRejected       a base's files cannot be merged into
 │   └── AdapterRejected          an adapter's files cannot be served
 │       ├── MalformedAdapter     a file is not what its name says
 │       ├── UnknownModules       names that match nothing in the base
@@ -77,6 +78,10 @@ class NotFound(CallerError):
 
 class AdapterMissing(NotFound):
     """An adapter's files are gone from where they were registered."""
+
+
+class CheckpointRejected(CallerError):
+    """A base's checkpoint cannot be merged into: damaged, quantised, or without a place for a change."""
 
 
 class AdapterRejected(CallerError):
