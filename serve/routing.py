@@ -13,18 +13,31 @@ from serve.affinity import LOAD_COST, Candidate, ranked
 
 PROMISE_S = 0.5
 """How long a choice counts as a request of its replica at most, if nothing is heard of it."""
+OTHERS_S = 1.0
+"""How long what a replica told of other routers' requests is believed."""
 
 
 class AdapterRouter(RequestRouter):
     """Reads the wanted adapters from the call's first argument, and what replicas hold from what they told.
 
     Without FIFOMixin: the replica chosen for a request is for that request.
+
+    A replica's load is the less of two numbers that can be too high. In Ray's cache of queue lengths, what a replica
+    tells takes the place of what was counted, and of requests that ended between the two some are never subtracted:
+    after a burst an idle replica seems busy for ten seconds. What is counted here takes requests of this router that
+    ended a moment ago, and that the replica still counts, for others', for one second.
     """
+
+    queue_len_response_deadline_s = 0.5
+    """How long a replica that was not asked lately may take to say how much it has to do, before the next best is
+    asked. Ray's own 0.1 s is less than a busy machine needs, and loading an adapter elsewhere costs more."""
 
     def initialize_state(self, *, load_cost: float = LOAD_COST, **_: Any) -> None:
         """Called by Ray with ``request_router_kwargs``."""
         self._load_cost = load_cost
         self._promised: dict[str, tuple[str, float]] = {}
+        self._running: Counter[str] = Counter()
+        self._others: dict[str, tuple[int, float]] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -42,7 +55,7 @@ class AdapterRouter(RequestRouter):
             Candidate(
                 id=identifier,
                 held=replica.multiplexed_model_ids,
-                load=(self.replica_queue_len_cache.get(replica.replica_id) or 0) + promised[identifier],
+                load=self._load_of(replica.replica_id) + promised[identifier],
             )
             for identifier, replica in by_id.items()
         ]
@@ -54,6 +67,32 @@ class AdapterRouter(RequestRouter):
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """From now on Ray counts it itself."""
         self._promised.pop(pending_request.metadata.internal_request_id, None)
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """A request of this router is on its way."""
+        super().on_send_request(replica_id)
+        self._running[replica_id.unique_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """A request of this router ended, however it did."""
+        super().on_request_completed(replica_id, internal_request_id)
+        left = self._running[replica_id.unique_id] - 1
+        if left > 0:
+            self._running[replica_id.unique_id] = left
+        else:
+            del self._running[replica_id.unique_id]
+
+    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
+        """A replica says how many requests it has; those that are not of this router are others'."""
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
+        others = max(0, num_ongoing_requests - self._running[replica_id.unique_id])
+        self._others[replica_id.unique_id] = (others, time.monotonic())
+
+    def _load_of(self, replica_id: ReplicaID) -> int:
+        others, at = self._others.get(replica_id.unique_id, (0, 0.0))
+        counted = self._running[replica_id.unique_id] + (others if time.monotonic() - at < OTHERS_S else 0)
+        cached = self.replica_queue_len_cache.get(replica_id)
+        return counted if cached is None else min(cached, counted)
 
     def _num_promised(self, *, without: str) -> Counter[str]:
         """By replica, choices whose requests are not sent yet: many that come at once would all see the same queues."""

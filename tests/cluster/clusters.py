@@ -21,6 +21,7 @@ def cluster_of(num_nodes: int, *, head_cpus: int = 1) -> Iterator[Cluster]:
     """A head, and nodes beside it; this process is connected as a driver."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")  # as ``launch.py`` has it
     head = {"num_cpus": head_cpus, "object_store_memory": 100 << 20, "include_dashboard": False}
     started = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(num_nodes):

@@ -73,10 +73,13 @@ def test_all_prompts_of_one_request_are_answered(service: Served):
 
 
 def test_a_combination_goes_where_most_of_it_is_held(service: Served, versions: dict[str, str]):
+    """Also right after a burst: what ended no longer counts."""
     before = held()
     together = next(found for found in before if len(found) >= 2)
     one, other = [name for name in NAMES if versions[name] in together][:2]
     for _ in range(5):
+        with ThreadPoolExecutor(2) as pool:  # few enough for one replica
+            assert set(pool.map(lambda _: ask(service, other), range(8))) == {200}
         assert ask(service, f"{one}:0.5+{other}:0.5") == 200
     assert held() == before, "who held both answered"
 
