@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -116,7 +115,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.side:
         seconds = run_side(options.side, options.folder, options.out)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Not getrusage: its maximum is the parent's until this process has more.
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        peak = int(status["VmHWM"].split()[0]) * 1024
         print(json.dumps({"seconds": seconds, "peak": peak}))
         return
     with tempfile.TemporaryDirectory() as name:
