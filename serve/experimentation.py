@@ -246,9 +246,9 @@ class Experimentation:
 
     def _results(self, experiment: Experiment) -> Results:
         number = experiment.phase.number
-        if experiment.state is State.ARCHIVED and (looks := self._evidence.looks(experiment.id, number)):
+        if experiment.state is State.ARCHIVED and (last := self._evidence.last_look(experiment.id, number)):
             # What it was added up from may have gone since.
-            return _KEPT.validate_python({**looks[-1].results, "state": str(experiment.state)})
+            return _KEPT.validate_python({**last.results, "state": str(experiment.state)})
         evidence = self._evidence.of(experiment.id, number, experiment.plan)
         lowest = self._evidence.lowest_p(experiment.id, number)
         return results_of(experiment, evidence, datetime.now(UTC), lowest_p=lowest)

@@ -22,7 +22,8 @@ MAX_ARMS = 10
 MAX_METRICS = 20
 DEFAULT_STEPS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", max_length=64)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 _ATTRIBUTE = re.compile(r"tenant|has_image|language|(header|metadata)\.[A-Za-z0-9_-]{1,64}")
 

@@ -77,8 +77,7 @@ async def _classified(
             usage = found.usage
             services.metrics.used(target, usage, 0.0)
             if services.shadows.wants(dispatch):
-                best = max(zip(found.probabilities, found.labels, strict=True))[1]
-                services.shadows.mirror_classification(dispatch, call, best)
+                services.shadows.mirror_classification(dispatch, call, found)
             return found
         finally:
             seconds = time.monotonic() - begun

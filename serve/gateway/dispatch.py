@@ -6,7 +6,6 @@ A request for a plain model goes the same way; nothing is written of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -23,14 +22,15 @@ from serve.experiments.assignment import (
     language_of,
     unit_of,
 )
+from serve.experiments.definition import NAME_PATTERN
 from serve.experiments.events import Exposure, Outcome, Trial
 from serve.experiments.recorder import Recorder
 from serve.identity import Identity, Scope
+from serve.schemas.common import TargetedBody
 from serve.targets import Target
 
 FALLS_BACK = (NotFound, AdapterRejected, StoreUnavailable)
 """Errors that are an arm's own: its adapter is gone, broken or out of reach. Others would meet any arm."""
-_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(slots=True)
@@ -150,30 +150,22 @@ def forced_variant(request: Request, identity: Identity) -> str | None:
     if name is None:
         return None
     identity.check(Scope.EXPERIMENTS)
-    if not _VARIANT.fullmatch(name):
+    if not re.fullmatch(NAME_PATTERN, name):
         raise InvalidRequest("X-Force-Variant must be an arm's name.", param="X-Force-Variant")
     return name
 
 
-def subject_of(
-    request: Request,
-    identity: Identity,
-    *,
-    metadata: Mapping[str, str],
-    safety_identifier: str | None,
-    user: str | None,
-    has_image: bool,
-) -> Subject:
+def subject_of(body: TargetedBody, request: Request, identity: Identity) -> Subject:
     """What assignment may know of a request. Raises InvalidRequest for a unit that is too long."""
-    headers = request.headers
-    unit = unit_of(headers, metadata, safety_identifier, user)
+    headers, metadata = request.headers, body.metadata or {}
+    unit = unit_of(headers, metadata, body.safety_identifier, body.user)
     if unit is not None and len(unit) > MAX_UNIT_LENGTH:
         raise InvalidRequest(f"The experiment's unit is longer than {MAX_UNIT_LENGTH} characters.", param="user")
     return Subject(
         unit=unit,
         request_id=request.state.request_id,
         tenant=tuple(text for text in (identity.id, identity.name) if text),
-        has_image=has_image,
+        has_image=body.has_images,
         language=metadata.get("language") or language_of(headers.get("accept-language", "")),
         headers=headers,
         metadata=metadata,

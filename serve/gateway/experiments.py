@@ -23,7 +23,6 @@ from serve.schemas.experiments import (
     ExperimentList,
     FeedbackAnswer,
     FeedbackRequest,
-    History,
     LookAnswer,
     ModelAliasAnswer,
     ModelAliasList,
@@ -33,7 +32,7 @@ from serve.schemas.experiments import (
     PairList,
     ResultsAnswer,
 )
-from serve.schemas.management import AuditEntry, Deleted
+from serve.schemas.management import AuditEntry, AuditList, Deleted
 
 _ANSWER_ID = re.compile(r"(?:chatcmpl|cmpl|classify)-(.+)", re.DOTALL)
 Limit = Annotated[int, Query(ge=1, le=1000)]
@@ -122,10 +121,10 @@ def router(services: Services) -> APIRouter:
         return PairList(data=data, has_more=len(found) > limit)
 
     @routes.get("/v1/experiments/{name}/history", summary="Who did what to it and why, newest first")
-    async def history(name: str, identity: Who, limit: Limit = 100, before: Before = None) -> History:
+    async def history(name: str, identity: Who, limit: Limit = 100, before: Before = None) -> AuditList:
         experiment = await experiments.get(name, identity)
         found = await experiments.history(experiment, limit=limit + 1, before=before)
-        return History(data=[AuditEntry.of(entry) for entry in found[:limit]], has_more=len(found) > limit)
+        return AuditList(data=[AuditEntry.of(entry) for entry in found[:limit]], has_more=len(found) > limit)
 
     @routes.get("/v1/experiments/{name}/assignment", summary="Which arm a unit has")
     async def assignment(

@@ -88,15 +88,7 @@ class Services:
     def _dispatched(self, body: common.TargetedBody, request: Request, identity: Identity) -> Dispatch:
         request_id, name = request.state.request_id, (body.model or "").strip()
         if body.adapters is None and name in self.assigner.aliases and identity.may_use(name):
-            metadata, has_image = body.metadata or {}, body.has_images
-            subject = subject_of(
-                request,
-                identity,
-                metadata=metadata,
-                safety_identifier=body.safety_identifier,
-                user=body.user,
-                has_image=has_image,
-            )
+            subject = subject_of(body, request, identity)
             assigned = self.assigner.assign(name, subject, forced=forced_variant(request, identity))
             if assigned is not None:
                 return Dispatch(request_id, identity.id, assigned.target, assigned, self.recorder)

@@ -13,7 +13,15 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from lora_runtime.engine.protocol import ChatPrompt, ClassifyRequest, GenerateRequest, ImagePart, Prompt, TextPrompt
+from lora_runtime.engine.protocol import (
+    ChatPrompt,
+    Classification,
+    ClassifyRequest,
+    GenerateRequest,
+    ImagePart,
+    Prompt,
+    TextPrompt,
+)
 from lora_runtime.errors import LoomError, Overloaded
 from serve.engine_client import EngineClient
 from serve.experiments.assignment import uniform
@@ -52,8 +60,8 @@ class Shadows:
     def mirror_generation(self, dispatch: Dispatch, request: GenerateRequest, answer: str) -> None:
         self._mirror(dispatch, request, answer, self._generated)
 
-    def mirror_classification(self, dispatch: Dispatch, request: ClassifyRequest, answer: str) -> None:
-        self._mirror(dispatch, request, answer, self._classified)
+    def mirror_classification(self, dispatch: Dispatch, request: ClassifyRequest, found: Classification) -> None:
+        self._mirror(dispatch, request, _label(found), self._classified)
 
     async def stop(self) -> None:
         running = list(self._running)
@@ -118,12 +126,16 @@ class Shadows:
         return text
 
     async def _classified(self, request: ClassifyRequest) -> str:
-        found = await self._engines.classify(request)
-        return max(zip(found.probabilities, found.labels, strict=True))[1]
+        return _label(await self._engines.classify(request))
 
     def _count(self, dispatch: Dispatch, arm: str, outcome: str) -> None:
         assert dispatch.assigned is not None and dispatch.assigned.experiment is not None
         self._metrics.mirrored(dispatch.assigned.experiment.plan.name, arm, outcome)
+
+
+def _label(found: Classification) -> str:
+    """The likeliest."""
+    return max(zip(found.probabilities, found.labels, strict=True))[1]
 
 
 def _text(prompt: Prompt) -> str:

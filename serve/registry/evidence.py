@@ -80,17 +80,16 @@ class EvidenceReader:
                 thinned = times[1 : len(times) // 2 : 2]
                 session.execute(sa.delete(LookRow).where(mine, LookRow.at.in_(thinned)))
 
+    def last_look(self, experiment: str, phase: int) -> Look | None:
+        mine = sa.select(LookRow).where(LookRow.experiment == experiment, LookRow.phase == phase)
+        with self._database.reading() as session:
+            row = session.scalars(mine.order_by(LookRow.at.desc()).limit(1)).first()
+            return None if row is None else Look(aware(row.at), dict(row.results))
+
     def lowest_p(self, experiment: str, phase: int) -> float:
         """The smallest p-value of the shares at any look so far: each look carries the smallest before it."""
-        wanted = (
-            sa.select(LookRow.results)
-            .where(LookRow.experiment == experiment, LookRow.phase == phase)
-            .order_by(LookRow.at.desc())
-            .limit(1)
-        )
-        with self._database.reading() as session:
-            last = session.scalar(wanted)
-            return 1.0 if last is None else float(last["shares"]["p_value"])
+        last = self.last_look(experiment, phase)
+        return 1.0 if last is None else float(last.results["shares"]["p_value"])
 
     def looks(self, experiment: str, phase: int) -> list[Look]:
         """Oldest first."""

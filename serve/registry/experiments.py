@@ -63,10 +63,6 @@ class Experiments:
             wanted = select(PhaseRow).where(PhaseRow.experiment == identifier).order_by(PhaseRow.number)
             return [_phase(row) for row in session.scalars(wanted)]
 
-    def aliases(self) -> list[ModelAlias]:
-        with self._database.reading() as session:
-            return [_alias(row) for row in session.scalars(select(ModelAliasRow).order_by(ModelAliasRow.name))]
-
     def create(self, plan: Plan, allocation: Allocation, *, actor: str) -> Experiment:
         """A draft. ``allocation``'s targets are exact. Raises Conflict for a name that is taken, NotFound."""
         now = datetime.now(UTC)
@@ -75,8 +71,7 @@ class Experiments:
             id=f"exp_{secrets.token_hex(8)}", plan=plan, state=State.DRAFT, phase=phase, created_at=now, since=now
         )
         with self._database.changing() as session:
-            if session.scalar(select(ExperimentRow.id).where(ExperimentRow.name == plan.name)) is not None:
-                raise Conflict(f"There is an experiment '{plan.name}' already; choose another name.")
+            _check_name(session, made)
             _save(session, made)
             note(session, actor, "experiment.create", made.id, name=plan.name, alias=plan.alias)
         return made

@@ -24,7 +24,6 @@ from serve.experiments.definition import (
 from serve.experiments.phases import possible
 from serve.experiments.records import Experiment, ModelAlias, Phase, State
 from serve.schemas.common import Body
-from serve.schemas.management import AuditEntry
 
 EXAMPLE: dict[str, Any] = {
     "name": "tone-of-voice",
@@ -244,14 +243,6 @@ class PairList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[PairAnswer]
-    has_more: bool
-
-
-class History(BaseModel):
-    """What was done, newest first."""
-
-    object: Literal["list"] = "list"
-    data: list[AuditEntry]
     has_more: bool
 
 
