@@ -7,9 +7,11 @@ that match nothing load as a silent no-op.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +25,17 @@ from lora_runtime.names import listed
 from lora_runtime.reading import Reading
 from lora_runtime.weights import NOT_SAVED, AdapterWeights, Head, LoraFactors, SavedModule, TokenRows, touches_vision
 
-__all__ = ["TENSORS_NAME", "AdapterOutline", "fingerprint", "outline_adapter", "problems_of", "read_adapter"]
+__all__ = [
+    "TENSORS_NAME",
+    "AdapterOutline",
+    "OpenedAdapter",
+    "fingerprint",
+    "outline_adapter",
+    "problems_of",
+    "read_adapter",
+]
+
+Part = TypeVar("Part")
 
 
 def read_adapter(path: str | Path, layout: BaseLayout, materialiser: Materialiser | None = None) -> AdapterWeights:
@@ -35,8 +47,7 @@ def read_adapter(path: str | Path, layout: BaseLayout, materialiser: Materialise
     Raises AdapterMissing for absent files, else the subclass of AdapterRejected that fits, with every
     problem of its kind in one message.
     """
-    folder = Path(path)
-    return _Assembly(folder, layout).weights(fingerprint(folder), materialiser)
+    return OpenedAdapter(path, layout, materialiser).weights()
 
 
 def problems_of(path: str | Path, layout: BaseLayout) -> list[AdapterRejected | AdapterMissing]:
@@ -69,8 +80,63 @@ def outline_adapter(path: str | Path, layout: BaseLayout) -> AdapterOutline:
     return _Assembly(Path(path), layout).outline()
 
 
+class OpenedAdapter:
+    """An adapter that was read and checked, whose weights are made a few leaves at a time.
+
+    For what goes through large adapters leaf by leaf: those of other methods than LoRA are as large as the leaves that
+    they change, once they are made. Tensors stay memory-mapped otherwise.
+    """
+
+    def __init__(self, path: str | Path, layout: BaseLayout, materialiser: Materialiser | None = None) -> None:
+        """Raises as :func:`read_adapter`."""
+        folder = Path(path)
+        self._assembly = _Assembly(folder, layout)
+        self._materialiser = materialiser
+        self.version = fingerprint(folder)
+        self._assembly.check()
+
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        """Leaves of the base that it changes."""
+        return frozenset(leaf for leaf, _ in self.places)
+
+    @cached_property
+    def places(self) -> frozenset[tuple[str, str]]:
+        """Every parameter of the base that it changes, as leaf and name."""
+        return self._assembly.places()
+
+    @cached_property
+    def heads(self) -> Mapping[str, Head]:
+        return self._assembly.heads()
+
+    @property
+    def method(self) -> str:
+        """How PEFT trained it."""
+        return self._assembly.method
+
+    def weights(self, only: Collection[str] | None = None) -> AdapterWeights:
+        """All of it, or what it does to the leaves ``only``, without heads then."""
+        return self._assembly.weights(self.version, self._materialiser, only)
+
+
 class _Assembly(Reading):
     """What a reading amounts to, once it is checked."""
+
+    @property
+    def method(self) -> str:
+        return self._config.method.name if self._config.method else "LORA"
+
+    def places(self) -> frozenset[tuple[str, str]]:
+        leaves = self._layout.leaves
+        found = {(leaf, name) for leaf, module in self._saved().items() for name in module.parameters}
+        found |= {(leaf, "weight") for leaf in self._token_rows()}
+        found |= {(leaf, name) for leaf in self._placed.method for name in leaves[leaf].parameters}
+        for leaf, factors in self._lora().items():
+            found |= {(leaf, "weight")} if factors.bias is None else {(leaf, "weight"), (leaf, "bias")}
+        return frozenset(found)
+
+    def heads(self) -> dict[str, Head]:
+        return self._heads()
 
     def outline(self) -> AdapterOutline:
         self.check()
@@ -78,21 +144,25 @@ class _Assembly(Reading):
         heads = {name: head.cloned() for name, head in self._heads().items()}
         return AdapterOutline(modules=frozenset(modules), heads=heads)
 
-    def weights(self, version: str, materialiser: Materialiser | None) -> AdapterWeights:
-        self.check()
-        saved = self._saved()
-        rows = self._token_rows()
+    def weights(
+        self, version: str, materialiser: Materialiser | None, only: Collection[str] | None = None
+    ) -> AdapterWeights:
+        def wanted(parts: dict[str, Part]) -> dict[str, Part]:
+            return parts if only is None else {name: part for name, part in parts.items() if name in only}
+
+        saved, rows = wanted(self._saved()), wanted(self._token_rows())
         if self._config.method is not None:
-            saved |= self._materialised(saved, self._config.method, materialiser)
+            targeted = wanted(self._placed.method)
+            saved |= self._materialised(saved, targeted, self._config.method, materialiser)
         for name in [name for name in rows if "weight" in saved.get(name, NOT_SAVED).parameters]:
             saved[name] = _with_rows(saved[name], rows.pop(name))
         return AdapterWeights(
             version=version,
-            lora=self._lora(),
+            lora=wanted(self._lora()),
             saved=saved,
             token_rows=rows,
-            heads=self._heads(),
-            method=self._config.method.name if self._config.method else "LORA",
+            heads=self._heads() if only is None else {},
+            method=self.method,
         )
 
     def _lora(self) -> dict[str, LoraFactors]:
@@ -131,10 +201,13 @@ class _Assembly(Reading):
         return {name: SavedModule(parameters=found) for name, found in sorted(parameters.items())}
 
     def _materialised(
-        self, saved: Mapping[str, SavedModule], method: Method, materialiser: Materialiser | None
+        self,
+        saved: Mapping[str, SavedModule],
+        targeted: Mapping[str, Mapping[str, Tensor]],
+        method: Method,
+        materialiser: Materialiser | None,
     ) -> dict[str, SavedModule]:
-        """The leaves that the config's method changes."""
-        targeted = self._placed.method
+        """The leaves that the config's method changes, of those ``targeted``."""
         if materialiser is None:
             raise UnsupportedAdapter(
                 f"{method.name} changes the base's own weights, which are not at hand here; name the base's "
