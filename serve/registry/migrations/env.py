@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from serve.registry import experiment_tables  # noqa: F401  # its tables are in the metadata then
+from serve.registry import experiment_tables, merge_tables  # noqa: F401  # their tables are in the metadata then
 from serve.registry.tables import Table
 
 context.configure(
