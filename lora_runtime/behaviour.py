@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ def behaviour(base_path: str, weights: AdapterWeights) -> Behaviour:
     from transformers import AutoModelForImageTextToText
 
     model: Any = AutoModelForImageTextToText.from_pretrained(base_path, dtype=torch.float32).eval()
-    inputs = _probe(model)
+    inputs = probe(model.config)
     before = _log_probabilities(model, inputs)
     add_into(model, weights)
     after = _log_probabilities(model, inputs)
@@ -43,11 +44,19 @@ def behaviour(base_path: str, weights: AdapterWeights) -> Behaviour:
     )
 
 
-def _probe(model: Any) -> dict[str, Tensor]:
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    vision = config.vision_config
+def probe(config: Any, *, seed: int = 0, with_image: bool = True, tokens: Sequence[int] = ()) -> dict[str, Tensor]:
+    """What a model of ``config`` (Qwen2-VL's or Qwen2.5-VL's) is called with: one sequence of random text around an
+    image of noise, or of text alone, equal for equal arguments. ``tokens`` are put into the text, as many as fit.
+
+    ``input_ids`` are (1, T); ``pixel_values`` (patches, width of a flattened patch) in fp32.
+    """
+    generator, vision = torch.Generator().manual_seed(seed), config.vision_config
     special = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
     text = torch.randint(0, min(special), (NUM_TEXT,), generator=generator)
+    wanted = torch.tensor([token for token in tokens if token not in special][:NUM_TEXT], dtype=torch.int64)
+    text[: len(wanted)] = wanted
+    if not with_image:
+        return {"input_ids": text[None]}
     frames, rows, columns = GRID
     patches = frames * rows * columns
     image = [config.image_token_id] * (patches // vision.spatial_merge_size**2)

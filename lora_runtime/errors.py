@@ -9,6 +9,7 @@ LoomError
 │   ├── NotFound                 a model, adapter or head that is not here
 │   │   └── AdapterMissing       an adapter's files are gone
 │   ├── CheckpointRejected       a base's files cannot be merged into
+│   ├── MergeRefused             a recipe that cannot be carried out
 │   └── AdapterRejected          an adapter's files cannot be served
 │       ├── MalformedAdapter     a file is not what its name says
 │       ├── UnknownModules       names that match nothing in the base
@@ -20,6 +21,7 @@ LoomError
 ├── Conflict                     the name is taken, or the thing is in use
 ├── Overloaded                   no room now; retry later
 │   └── DeadlineExceeded         the request ran out of time
+├── VerificationFailed           a merge's result is not what it must be; nothing was published
 ├── StoreUnavailable             the store cannot be read or written now
 └── EngineFault                  the engine itself failed
 
@@ -84,6 +86,10 @@ class CheckpointRejected(CallerError):
     """A base's checkpoint cannot be merged into: damaged, quantised, or without a place for a change."""
 
 
+class MergeRefused(CallerError):
+    """A recipe that cannot be carried out; ``facts["problems"]`` lists every reason."""
+
+
 class AdapterRejected(CallerError):
     """An adapter's files cannot be served on this base."""
 
@@ -126,6 +132,10 @@ class Overloaded(LoomError):
 
 class DeadlineExceeded(Overloaded):
     """The request ran out of time while waiting or running."""
+
+
+class VerificationFailed(LoomError):
+    """A merge's result is not what it must be; nothing was published."""
 
 
 class StoreUnavailable(LoomError):

@@ -44,25 +44,32 @@ class Merged:
     leaves: Mapping[str, LeafReport] = field(default_factory=dict)
 
 
-def merge(recipe: Recipe, adapters: Mapping[str, AdapterWeights], base: BaseParameter) -> Merged:
+def merge(
+    recipe: Recipe,
+    adapters: Mapping[str, AdapterWeights],
+    base: BaseParameter,
+    *,
+    num_layers: Mapping[str, int] | None = None,
+) -> Merged:
     """``adapters`` by the names that the recipe's inputs have. Raises InvalidCombination.
 
-    Adds in fp32 or better, and rounds nothing: the result's tensors are fp32.
+    Adds in fp32 or better, and rounds nothing: the result's tensors are fp32. ``num_layers``: of each stack, as
+    :func:`layers_of` counts them, where ``adapters`` are only some leaves of the recipe's.
     """
     if missing := [found.adapter for found in recipe.inputs if found.adapter not in adapters]:
         raise InvalidCombination(f"There is no adapter '{missing[0]}' to merge.")
     # By content, so that rules which draw or add in turn do the same whatever order the recipe has.
     members = sorted(((adapters[i.adapter], i) for i in recipe.inputs), key=lambda member: member[0].version)
-    layers = _layers(adapter for adapter, _ in members)
+    if num_layers is None:
+        num_layers = layers_of(leaf for adapter, _ in members for leaf in (*adapter.modules, *adapter.heads))
     reports: dict[str, LeafReport] = {}
 
     def merge_factors(leaf: str, parts: Parts) -> LoraFactors:
-        _check_shapes(leaf, parts)
-        found, reports[leaf] = _merged_leaf(recipe, leaf, parts)
+        found, reports[leaf] = merge_leaf(recipe, leaf, parts)
         return found
 
     weights = assembled(
-        [(adapter, _weight_of(found, layers)) for adapter, found in members],
+        [(adapter, weight_of(found, num_layers)) for adapter, found in members],
         base,
         merge_factors,
         version=recipe.version({found.adapter: adapter.version for adapter, found in members}),
@@ -76,7 +83,9 @@ def generator_of(seed: int, leaf: str) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def _merged_leaf(recipe: Recipe, leaf: str, parts: Parts) -> tuple[LoraFactors, LeafReport]:
+def merge_leaf(recipe: Recipe, leaf: str, parts: Parts) -> tuple[LoraFactors, LeafReport]:
+    """One leaf's low-rank parts, in the order of their adapters' versions, as one. Raises InvalidCombination."""
+    _check_shapes(leaf, parts)
     if recipe.method == "cat":
         found, energy = sum_factors(leaf, [(factors, weight * recipe.scale) for factors, weight in parts]), 1.0
     else:
@@ -104,21 +113,22 @@ def _by_rule(recipe: Recipe, leaf: str, parts: Parts) -> tuple[Factors, float]:
     return truncated(merged * recipe.scale, rank or min(dense.shape[1:]))
 
 
-def _weight_of(found: Input, layers: Mapping[str, int]) -> WeightOf:
+def weight_of(found: Input, num_layers: Mapping[str, int]) -> WeightOf:
+    """What an input weighs, by leaf. ``num_layers``: of each stack."""
+
     def weight_at(leaf: str) -> float:
         place = layer_of(leaf)
-        return found.weight_at(leaf, 0 if place is None else layers[place[0]])
+        return found.weight_at(leaf, 0 if place is None else num_layers[place[0]])
 
     return weight_at
 
 
-def _layers(adapters: Iterable[AdapterWeights]) -> dict[str, int]:
-    """How many layers each stack has, as far as these adapters reach."""
+def layers_of(leaves: Iterable[str]) -> dict[str, int]:
+    """How many layers each stack has, as far as ``leaves`` reach."""
     found: dict[str, int] = {}
-    for adapter in adapters:
-        for leaf in (*adapter.modules, *adapter.heads):
-            if (place := layer_of(leaf)) is not None:
-                found[place[0]] = max(found.get(place[0], 0), place[1] + 1)
+    for leaf in leaves:
+        if (place := layer_of(leaf)) is not None:
+            found[place[0]] = max(found.get(place[0], 0), place[1] + 1)
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a merge is to be, checked as a whole before anything is read."""
+"""What a merge is to be, checked as a whole before anything is read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lora_runtime.merge.rules import RULES, Convention, Options
+from lora_runtime.merge.methods import SEMANTICS, Convention, Options
 
 MAX_INPUTS = 64
 EXACT = ("cat", "linear")
@@ -30,7 +30,9 @@ Method = Literal[
     "della",
     "breadcrumbs",
     "tsv",
+    "core_tsv",
     "iso_c",
+    "robust_merge",
     "slerp",
     "karcher",
 ]
@@ -70,9 +72,12 @@ class Input(Part):
 class Recipe(Part):
     """``method`` over ``inputs``; ``space``: where rules look at entries, the small core or the whole matrices.
 
-    The result is ``scale`` times what the method makes (λ of the papers), of ``rank`` at most where the method is not
-    exact: if none is given, the largest of the inputs' for ``svd``, and otherwise all that there is. Everything random
-    follows from ``seed`` and from the tensor's name.
+    ``core_tsv`` is ``tsv`` in the core, as Core Space's authors pair them (arXiv 2509.17786), ``svd`` is ``linear`` at
+    a rank, and ``slerp`` is ``karcher`` of two.
+
+    What the method makes of low-rank parts counts ``scale`` times (λ of the papers). It is of ``rank`` at most where the
+    method is not exact: if none is given, the largest of the inputs' for ``svd``, and otherwise all that there is.
+    Everything random follows from ``seed`` and from the tensor's name.
     """
 
     method: Method
@@ -95,21 +100,27 @@ class Recipe(Part):
             raise ValueError(f"'{self.method}' is exact and takes no rank; 'svd' is the same at a rank")
         if self.method == "slerp" and len(self.inputs) != 2:
             raise ValueError("'slerp' takes two adapters; 'karcher' is the same for more")
-        if self.method in ("slerp", "karcher") and any(value <= 0 for found in self.inputs for value in _values(found)):
+        if self.method in ("slerp", "karcher") and any(value <= 0 for value in self.constant_weights()):
             raise ValueError(f"'{self.method}' is a mean, and takes weights above 0 only")
+        if self.method == "core_tsv" and self.space != "core":
+            raise ValueError("'core_tsv' is 'tsv' in the core space; leave 'space' out")
         if self.method == "della" and not self.epsilon / 2 < min(self.density, 1 - self.density) and self.density < 1:
             raise ValueError("'epsilon' must be small enough that density ± epsilon/2 stays between 0 and 1")
         return self
 
+    def constant_weights(self) -> list[float]:
+        """Every number that any input's weight is made of."""
+        return [value for found in self.inputs for value in _values(found)]
+
     @property
     def rule(self) -> str:
         """The name in ``RULES`` of what the method does to deltas."""
-        return {"cat": "linear", "svd": "linear", "slerp": "karcher"}.get(self.method, self.method)
+        return {"cat": "linear", "svd": "linear", "slerp": "karcher", "core_tsv": "tsv"}.get(self.method, self.method)
 
     @property
     def semantics(self) -> str:
         """Grows when the same recipe would give another result."""
-        return f"{self.method}/{RULES[self.rule].semantics}"
+        return f"{self.method}/{SEMANTICS[self.rule]}"
 
     @property
     def options(self) -> Options:
@@ -122,10 +133,13 @@ class Recipe(Part):
 
     def version(self, inputs: dict[str, str]) -> str:
         """Identity of the result: sha256 over the recipe, its semantics, and its ``inputs``' versions by name."""
+        return hashlib.sha256(self.provenance(inputs).encode()).hexdigest()
+
+    def provenance(self, inputs: dict[str, str]) -> str:
+        """What the result's values follow from, as JSON: the same whatever the inputs' names and their order."""
         said = self.model_dump(mode="json")
         said["inputs"] = sorted([inputs[found["adapter"]], found["weight"]] for found in said["inputs"])
-        content = json.dumps({"recipe": said, "semantics": self.semantics}, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return json.dumps({"recipe": said, "semantics": self.semantics}, sort_keys=True)
 
 
 def layer_of(leaf: str) -> tuple[str, int] | None:

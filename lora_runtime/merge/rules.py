@@ -10,44 +10,25 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
 from lora_runtime.merge import sparsify
-
-Convention = Literal["mergekit", "peft"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Of a recipe, for the rules that have them.
-
-    ``density``: the share of entries that stay. ``epsilon``: DELLA's spread of it. ``gamma``: the share of largest
-    entries that breadcrumbs drop. ``convention``: whose TIES it is: mergekit elects signs after weighting and divides
-    by the weights of those that agree; PEFT elects before and divides by their number.
-    """
-
-    density: float = 0.5
-    epsilon: float = 0.2
-    gamma: float = 0.01
-    convention: Convention = "mergekit"
-
+from lora_runtime.merge.methods import Convention, Options
 
 Apply = Callable[[Tensor, Tensor, Options, Generator], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """``semantics`` grows when the same recipe would give another result. ``reference`` is where the formula is from.
+    """A row of the table. ``reference`` is where the formula is from.
 
     ``is_elementwise``: whether the space matters to it. ``is_random``: whether the seed does. ``needs_positive``: a
     mean, which has no meaning for negative weights.
     """
 
     name: str
-    semantics: int
     reference: str
     apply: Apply
     is_elementwise: bool = True
@@ -71,12 +52,14 @@ def ties(deltas_TMN: Tensor, weights_T: Tensor, options: Options, _: Generator) 
 
 
 def dare_linear(deltas_TMN: Tensor, weights_T: Tensor, options: Options, generator: Generator) -> Tensor:
-    """Σ wᵢ·DARE(Dᵢ)."""
+    """Σ wᵢ·DARE(Dᵢ). As in the paper and in PEFT, what stays is divided by the density; mergekit's method of this name
+    scales it to the L1 norm that was there."""
     return linear(_dropped(deltas_TMN, options, generator), weights_T, options, generator)
 
 
 def dare_ties(deltas_TMN: Tensor, weights_T: Tensor, options: Options, generator: Generator) -> Tensor:
-    """TIES' election over deltas that DARE thinned out."""
+    """TIES' election over deltas that DARE thinned out. By either convention what agrees is divided, as in the paper;
+    mergekit does so in this method only if asked (``normalize: true``)."""
     return elected(_dropped(deltas_TMN, options, generator), weights_T, options.convention)
 
 
@@ -134,6 +117,34 @@ def karcher(deltas_TMN: Tensor, weights_T: Tensor, _: Options, __: Generator) ->
     return merged
 
 
+def robust_merge(deltas_TMN: Tensor, weights_T: Tensor, options: Options, _: Generator) -> Tensor:
+    """Σ wₜ·B̃ₜ·diag(sₜ / Σᵤ sᵤ)·Ãₜ: weak directions made up for what pruning took, and tasks evened out direction by
+    direction (RobustMerge: Zeng et al., NeurIPS 2025, arXiv 2502.17159).
+
+    Bₜ = U√Σ and Aₜ = √Σ·Vᵀ are each delta's balanced factors, the strongest direction first; B̃ₜ and Ãₜ their trimmed
+    ones, at ``density`` each. sₜᵢ = ‖row i of Aₜ‖₁ / ‖row i of Ãₜ‖₁, at least the 0.8 quantile of the task's own, and 0
+    where nothing of the row is left. Adapters of weight 0 count for nothing.
+
+    The authors' code differs. It takes A and B as they were trained, and counts directions by their rows there; here
+    they follow from the delta. It adds the Aₜ up, and apart from them the Bₜ, so that each task's B also meets the
+    others' A: what that adds depends on the order and the signs of rows, which a delta does not determine. And it
+    doubles both sums, which is a recipe's ``scale`` 4; its density is 0.2.
+    """
+    parts = [
+        _pruned_directions(delta, weight, options.density)
+        for delta, weight in zip(deltas_TMN, weights_T, strict=True)
+        if weight != 0
+    ]
+    totals = torch.zeros(min(deltas_TMN.shape[1:]), dtype=deltas_TMN.dtype)
+    for *_factors, scales in parts:
+        totals[: len(scales)] += scales
+    merged = torch.zeros_like(deltas_TMN[0])
+    for b, a, scales in parts:
+        shares = scales / torch.where(totals > 0, totals, 1.0)[: len(scales)]
+        merged += (b * shares) @ a
+    return merged
+
+
 def elected(deltas_TMN: Tensor, weights_T: Tensor, convention: Convention) -> Tensor:
     """Entries whose sign is the elected one, averaged (arXiv 2306.01708, §4.2-4.3)."""
     weights = weights_T[:, None, None]
@@ -164,6 +175,20 @@ def _directions(delta_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, there], s[there], vt[there]
 
 
+def _pruned_directions(delta_MN: Tensor, weight: Tensor, density: float) -> tuple[Tensor, Tensor, Tensor]:
+    """RobustMerge's B̃, with the weight in it, and Ã of balanced factors, and how much to scale each direction."""
+    u, s, vt = _directions(delta_MN)
+    root = s.sqrt()
+    a = root[:, None] * vt
+    pruned = sparsify.magnitude(a, density)
+    before, after = a.abs().sum(1), pruned.abs().sum(1)
+    scales = torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 0.0)
+    if len(scales):
+        floor = scales.sort().values[int(_ROBUST_QUANTILE * len(scales))]
+        scales = torch.where(after > 0, scales.clamp(min=floor), 0.0)
+    return weight * sparsify.magnitude(u * root, density), pruned, scales
+
+
 def _orthogonal(matrix: Tensor) -> Tensor:
     """The nearest matrix with orthonormal rows or columns."""
     u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
@@ -188,21 +213,23 @@ def _direction(units_TX: Tensor, shares_T: Tensor, steps: int = 100, tolerance: 
     return mean
 
 
+_ROBUST_QUANTILE = 0.8
 _TIES = "arXiv 2306.01708"
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         rule.name: rule
         for rule in (
-            Rule("linear", 1, "arXiv 2212.04089", linear, is_elementwise=False),
-            Rule("magnitude_prune", 1, _TIES, magnitude_prune),
-            Rule("ties", 1, _TIES, ties),
-            Rule("dare_linear", 1, "arXiv 2311.03099", dare_linear, is_random=True),
-            Rule("dare_ties", 1, f"arXiv 2311.03099, {_TIES}", dare_ties, is_random=True),
-            Rule("della", 1, "arXiv 2406.11617", della, is_random=True),
-            Rule("breadcrumbs", 1, "arXiv 2312.06795", breadcrumbs),
-            Rule("tsv", 1, "arXiv 2412.00081", tsv, is_elementwise=False),
-            Rule("iso_c", 1, "arXiv 2502.04959", iso_c, is_elementwise=False),
-            Rule("karcher", 1, "arXiv 2603.04972", karcher, is_elementwise=False, needs_positive=True),
+            Rule("linear", "arXiv 2212.04089", linear, is_elementwise=False),
+            Rule("magnitude_prune", _TIES, magnitude_prune),
+            Rule("ties", _TIES, ties),
+            Rule("dare_linear", "arXiv 2311.03099", dare_linear, is_random=True),
+            Rule("dare_ties", f"arXiv 2311.03099, {_TIES}", dare_ties, is_random=True),
+            Rule("della", "arXiv 2406.11617", della, is_random=True),
+            Rule("breadcrumbs", "arXiv 2312.06795", breadcrumbs),
+            Rule("tsv", "arXiv 2412.00081", tsv, is_elementwise=False),
+            Rule("iso_c", "arXiv 2502.04959", iso_c, is_elementwise=False),
+            Rule("robust_merge", "arXiv 2502.17159", robust_merge),
+            Rule("karcher", "arXiv 2603.04972", karcher, is_elementwise=False, needs_positive=True),
         )
     }
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,6 +134,30 @@ def test_the_space_does_not_matter_to_rules_that_look_at_no_entries(method: str)
     assert_close(core, full, 1e-4)
 
 
+@pytest.mark.parametrize("method", [*sorted(set(METHODS) - {name for name, rule in RULES.items() if rule.is_random})])
+def test_how_a_delta_was_factored_does_not_matter(method: str):
+    """B·T and T⁻¹·A in place of B and A. (Random rules draw for entries in bases whose signs are any.)"""
+    adapters = {"a": adapter("a"), "b": adapter("b", rank=5)}
+    turn = torch.randn(3, 3, generator=generator_of(3, "turn"))
+
+    def turned(factors: LoraFactors) -> LoraFactors:
+        a, b = torch.linalg.solve(turn, factors.a), factors.b @ turn * 4
+        return LoraFactors(a=a, b=b, scaling=factors.scaling / 4, kind=factors.kind)
+
+    again = replace(adapters["a"], lora={leaf: turned(factors) for leaf, factors in adapters["a"].lora.items()})
+    found = recipe(method, {"a": 0.7, "b": 0.4}, density=0.6)
+    one, other = (merge(found, {**adapters, "a": first}, base).weights for first in (adapters["a"], again))
+    assert_close(one, other, 1e-4)
+
+
+def test_core_tsv_is_tsv_in_the_core():
+    adapters = {"a": adapter("a"), "b": adapter("b", rank=5)}
+    one, other = (merge(recipe(m, {"a": 0.7, "b": -0.4}), adapters, base).weights for m in ("core_tsv", "tsv"))
+    for leaf, factors in one.lora.items():
+        assert torch.equal(factors.a, other.lora[leaf].a) and torch.equal(factors.b, other.lora[leaf].b)
+    assert one.version != other.version
+
+
 def test_a_recipe_is_what_the_result_is_known_by():
     adapters = {name: adapter(name) for name in "ab"}
     first = merge(recipe("ties", {"a": 0.5, "b": 0.5}), adapters, base).weights.version
@@ -161,6 +186,7 @@ def test_matrices_of_different_shapes_are_refused():
         ("cat", {}, {}, "at least 1"),
         ("cat", {"a": 1.0}, {"rank": 4}, "takes no rank"),
         ("slerp", {"a": 1.0}, {}, "takes two"),
+        ("core_tsv", {"a": 1.0, "b": 1.0}, {"space": "full"}, "leave 'space' out"),
         ("karcher", {"a": 1.0, "b": -1.0}, {}, "above 0"),
         ("karcher", {"a": 1.0, "b": [0.0, 1.0]}, {}, "above 0"),
         ("della", {"a": 1.0}, {"density": 0.05, "epsilon": 0.2}, "small enough"),

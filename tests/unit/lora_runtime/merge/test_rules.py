@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft.utils.merge_utils import magnitude_prune as peft_magnitude_prune
-from peft.utils.merge_utils import task_arithmetic as peft_task_arithmetic
-from peft.utils.merge_utils import ties as peft_ties
+from peft.utils import merge_utils as peft
 from torch import Tensor
 
 from lora_runtime.merge import sparsify
@@ -41,10 +40,60 @@ def close(got: Tensor, want: Tensor) -> bool:
 def test_what_peft_also_has_is_pefts(seed: int, weights: list[float], density: float):
     stacked, tensor = deltas(seed), torch.tensor(weights, dtype=torch.float64)
     parts = list(stacked)
-    assert close(apply("linear", stacked, weights), peft_task_arithmetic(parts, tensor))
+    assert close(apply("linear", stacked, weights), peft.task_arithmetic(parts, tensor))
     pruned = apply("magnitude_prune", stacked, weights, density=density)
-    assert close(pruned, peft_magnitude_prune(parts, tensor, density))
-    assert close(apply("ties", stacked, weights, density=density, convention="peft"), peft_ties(parts, tensor, density))
+    assert close(pruned, peft.magnitude_prune(parts, tensor, density))
+    assert close(apply("ties", stacked, weights, density=density, convention="peft"), peft.ties(parts, tensor, density))
+
+
+@pytest.mark.parametrize("rule", ["dare_linear", "dare_ties"])
+@pytest.mark.parametrize("density", [0.2, 0.7, 1.0])
+def test_dare_is_pefts_but_for_what_is_drawn(rule: str, density: float, monkeypatch: pytest.MonkeyPatch):
+    """PEFT draws from the global generator; given our draws, its results are ours."""
+    stacked, weights = deltas(5), [0.5, -0.7, 1.2]
+    got = apply(rule, stacked, weights, density=density, convention="peft")
+    drawn = generator()
+
+    def pruned(tensor: Tensor, density: float, rescale: bool) -> Tensor:
+        assert rescale
+        return sparsify.random(tensor, density, drawn)
+
+    monkeypatch.setattr(peft, "random_pruning", pruned)
+    assert close(got, getattr(peft, rule)(list(stacked), torch.tensor(weights, dtype=torch.float64), density))
+
+
+@given(SEEDS, st.floats(0.1, 0.95))
+def test_what_dare_keeps_is_rescaled_as_pefts(seed: int, density: float):
+    """By the density. mergekit's would be by the L1 norm, another number for each draw."""
+    delta = deltas(seed, count=1)[0]
+    torch.manual_seed(seed)
+    for thinned in (sparsify.random(delta, density, generator(seed)), peft.random_pruning(delta, density, True)):
+        kept = thinned != 0
+        assert close(thinned[kept], delta[kept] / density)
+
+
+@given(SEEDS, WEIGHTS, DENSITIES, st.booleans())
+def test_mergekits_ties_entry_by_entry(seed: int, weights: list[float], density: float, turned: bool):
+    """mergekit's own, written out: keep each delta's largest entries, weigh, elect signs by the weighted sum, add what
+    agrees and divide it by its weights."""
+    weights = [-weights[0], *weights[1:]] if turned else weights
+    stacked = deltas(seed)
+    trimmed = []
+    for delta in stacked.tolist():
+        sizes = sorted((abs(value) for row in delta for value in row), reverse=True)
+        kept = int(density * len(sizes))
+        least = sizes[kept - 1] if kept else math.inf
+        trimmed.append([[value if abs(value) >= least else 0.0 for value in row] for row in delta])
+    got = apply("ties", stacked, weights, density=density)
+    for row in range(6):
+        for column in range(7):
+            weighed = [w * delta[row][column] for w, delta in zip(weights, trimmed, strict=True)]
+            sign = 1 if sum(weighed) >= 0 else -1
+            total = sum(value for value in weighed if value * sign > 0)
+            divisor = sum(w for w, value in zip(weights, weighed, strict=True) if value * sign > 0)
+            if abs(divisor) < 1e-6:
+                continue
+            assert float(got[row, column]) == pytest.approx(total / divisor, rel=1e-6, abs=1e-9)
 
 
 @given(SEEDS, WEIGHTS)
@@ -149,6 +198,66 @@ def test_karcher_is_where_the_pulls_cancel(seed: int, weights: list[float]):
         cosine = (other @ unit).clamp(-1, 1)
         pull += weight * torch.arccos(cosine) / torch.sqrt(1 - cosine**2) * (other - cosine * unit)
     assert float(pull.norm()) < 1e-6
+
+
+def robustly_merged(stacked: Tensor, weights: list[float], density: float) -> list[list[float]]:
+    """RobustMerge by loops over numbers, from NumPy's singular vectors on."""
+
+    def trimmed(matrix: list[list[float]]) -> list[list[float]]:
+        sizes = sorted((abs(value) for row in matrix for value in row), reverse=True)
+        kept = int(density * len(sizes))
+        return [[value if kept and abs(value) >= sizes[kept - 1] else 0.0 for value in row] for row in matrix]
+
+    _, rows, columns = stacked.shape
+    members = []
+    for delta, weight in zip(stacked, weights, strict=True):
+        u, s, vt = np.linalg.svd(delta.numpy())
+        rank = sum(1 for value in s if value > s[0] * max(rows, columns) * 1.1920929e-07)
+        a = [[math.sqrt(s[i]) * vt[i, n] for n in range(columns)] for i in range(rank)]
+        b = [[math.sqrt(s[i]) * u[m, i] for i in range(rank)] for m in range(rows)]
+        small_a, small_b = trimmed(a), trimmed(b)
+        lost = []
+        for i in range(rank):
+            left = sum(abs(value) for value in small_a[i])
+            lost.append(sum(abs(value) for value in a[i]) / left if left else 0.0)
+        floor = sorted(lost)[int(0.8 * rank)]
+        members.append((weight, small_b, small_a, [max(value, floor) if value else 0.0 for value in lost]))
+    merged = [[0.0] * columns for _ in range(rows)]
+    for weight, b, a, scales in members:
+        for i, scale in enumerate(scales):
+            total = sum(others[i] for _, _, _, others in members if i < len(others))
+            for m in range(rows):
+                for n in range(columns):
+                    merged[m][n] += weight * b[m][i] * (scale / total if total else 0.0) * a[i][n]
+    return merged
+
+
+@given(SEEDS, WEIGHTS, DENSITIES, st.booleans())
+def test_robust_merge_number_by_number(seed: int, weights: list[float], density: float, turned: bool):
+    """Also of deltas of different ranks, and with a weight below 0."""
+    weights = [-weights[0], *weights[1:]] if turned else weights
+    stacked = deltas(seed)
+    first = stacked[0] = stacked[0, :, :2] @ stacked[0, :2, :]
+    assert torch.linalg.matrix_rank(first) == 2
+    got = apply("robust_merge", stacked, weights, density=density)
+    assert close(got, torch.tensor(robustly_merged(stacked, weights, density), dtype=torch.float64))
+
+
+def test_robust_merge_evens_tasks_out_and_makes_up_for_what_is_pruned():
+    same = deltas(6, count=1).repeat(3, 1, 1)
+    assert close(apply("robust_merge", same, [1.0, 1.0, 1.0], density=1.0), same[0]), "a mean of what all have"
+    two = deltas(7, count=2)
+    assert close(
+        apply("robust_merge", torch.cat([two, same[:1]]), [1.0, 0.5, 0.0]), apply("robust_merge", two, [1.0, 0.5])
+    ), "what weighs nothing takes no share"
+    # One direction each: the first lies in one column, the second loses the two smaller of its four.
+    one, other = torch.zeros(2, 4, 4, dtype=torch.float64)
+    one[0, 0] = 1.0
+    other[1] = torch.tensor([0.6, -0.6, 0.4, 0.2])
+    made_up = 1.8 / 1.2
+    got = apply("robust_merge", torch.stack([one, other]), [1.0, 1.0], density=0.5)
+    assert close(got[0], one[0] / (1 + made_up))
+    assert close(got[1], made_up / (1 + made_up) * torch.tensor([0.6, -0.6, 0.0, 0.0], dtype=torch.float64))
 
 
 @given(SEEDS, st.sampled_from(sorted(set(RULES) - {"tsv", "karcher"})), st.floats(0.2, 2))
