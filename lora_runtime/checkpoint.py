@@ -109,6 +109,11 @@ class OpenedAdapter:
     def heads(self) -> Mapping[str, Head]:
         return self._assembly.heads()
 
+    @cached_property
+    def ranks(self) -> Mapping[str, int]:
+        """Of its LoRA, by leaf."""
+        return self._assembly.ranks()
+
     @property
     def method(self) -> str:
         """How PEFT trained it."""
@@ -137,6 +142,9 @@ class _Assembly(Reading):
 
     def heads(self) -> dict[str, Head]:
         return self._heads()
+
+    def ranks(self) -> dict[str, int]:
+        return {leaf: factors.rank for leaf, factors in self._lora().items()}
 
     def outline(self) -> AdapterOutline:
         self.check()

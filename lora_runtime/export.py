@@ -25,21 +25,33 @@ from lora_runtime.weights import NOT_SAVED, AdapterWeights, LoraFactors, SavedMo
 PREFIX = "base_model.model."
 
 
-def write_adapter(weights: AdapterWeights, path: str | Path, layout: BaseLayout, *, base_name: str) -> None:
+def write_adapter(
+    weights: AdapterWeights,
+    path: str | Path,
+    layout: BaseLayout,
+    *,
+    base_name: str,
+    dtype: torch.dtype | None = None,
+    said: Mapping[str, str] | None = None,
+) -> None:
     """Write a PEFT folder at ``path``, staged beside it and renamed: readers see all of it or nothing.
 
     Scalings are folded into B in fp32 (alpha = r); LoRA on a module that is saved too is folded into its
-    weight. Raises Conflict where ``path`` exists, UnsupportedAdapter for what PEFT's format cannot say.
+    weight. ``dtype``: of all tensors, as they are if None. ``said``: metadata for the tensor file.
+
+    Raises Conflict where ``path`` exists, UnsupportedAdapter for what PEFT's format cannot say.
     """
     target = Path(path)
     if target.exists():
         raise Conflict(f"'{target.name}' exists already; choose another folder or remove it.")
     weights = _settled(weights, layout)
     tensors, config = _tensors(weights, layout), _config(weights, layout, base_name)
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        save_file(tensors, staged / TENSORS_NAME, metadata={"format": "pt"})
+        save_file(tensors, staged / TENSORS_NAME, metadata={"format": "pt", **(said or {})})
         (staged / CONFIG_NAME).write_text(json.dumps(config, indent=2))
         if labels := _labels(weights):
             (staged / MODEL_CONFIG_NAME).write_text(json.dumps({"id2label": labels}, indent=2))
@@ -144,7 +156,7 @@ def _factor_tensors(name: str, factors: LoraFactors, layout: BaseLayout) -> dict
 
 
 def _config(weights: AdapterWeights, layout: BaseLayout, base_name: str) -> dict[str, Any]:
-    ranks = {name: factors.rank for name, factors in weights.lora.items()}
+    ranks = {name: weights.lora[name].rank for name in sorted(weights.lora)}  # an order that identity sees
     rank = max(ranks.values(), default=8)
     others = {re.escape(name): r for name, r in ranks.items() if r != rank}
     # What is saved in part (biases alone) PEFT loads straight into the base's parameters, not as a module.

@@ -35,7 +35,8 @@ class Workspace(Protocol):
     location: str
 
     def writing(self, file: str) -> AbstractContextManager[Path]:
-        """A path on this machine to write ``file`` at; if nothing is raised, it is in its place afterwards."""
+        """A path on this machine to write ``file`` at, which may be in a folder; what is there when the block has ended
+        well is in its place then."""
 
     def reading(self, file: str) -> AbstractContextManager[Path]:
         """``file`` as it lies there, on this machine."""
@@ -90,7 +91,7 @@ class FolderWorkspace:
     @contextmanager
     def writing(self, file: str) -> Iterator[Path]:
         place = self._staged / RESULT / file
-        partial = place.with_name(f".{file}.{os.getpid()}.part")
+        partial = place.with_name(f".{place.name}.{os.getpid()}.part")
         with _translated():
             place.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -142,7 +143,7 @@ class FolderWorkspace:
         with _translated():
             if self._place.exists():
                 raise Conflict(f"'{self._place.name}' exists already; choose another name or remove it.")
-            for left in result.glob(".*.part"):  # of tasks that were killed
+            for left in result.rglob(".*.part"):  # of tasks that were killed
                 left.unlink()
             (result / MANIFEST).write_text(json.dumps(manifest, indent=1))
             _flush(result / MANIFEST)
@@ -178,6 +179,7 @@ class BucketWorkspace:
     @contextmanager
     def writing(self, file: str) -> Iterator[Path]:
         with self._folder() as folder:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
             yield folder / file
             with translated():
                 self._fs.put_file(str(folder / file), f"{self._place}/{file}")
@@ -194,6 +196,7 @@ class BucketWorkspace:
         with self._folder() as folder:
             with translated():
                 for name in self._listed(self._place):
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
                     self._fs.get_file(f"{self._place}/{name}", str(folder / name))
             yield folder
 
@@ -234,10 +237,7 @@ class BucketWorkspace:
 
     def _listed(self, folder: str) -> list[str]:
         self._fs.invalidate_cache()
-        try:
-            return [str(name).rpartition("/")[2] for name in self._fs.ls(folder, detail=False)]
-        except FileNotFoundError:
-            return []
+        return [str(name)[len(folder.rstrip("/")) + 1 :] for name in self._fs.find(folder)]
 
     def _json(self, key: str) -> dict[str, Any] | None:
         with translated():
