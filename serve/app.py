@@ -42,8 +42,10 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> Any:
         from serve.assembly import gateway_app
         from serve.engine_client import HandleClient
+        from serve.jobs.cluster import ensure_runner
 
-        return gateway_app(self._settings, HandleClient(self._engines, self._intake))
+        client = HandleClient(self._engines, self._intake)
+        return gateway_app(self._settings, client, lambda: ensure_runner(self._settings))
 
 
 def build_app(arguments: AppArguments) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 from fastapi import FastAPI
@@ -20,11 +21,13 @@ from serve.gateway.shadowing import Shadows
 from serve.identity import KeyRing
 from serve.limits import KeyLimits
 from serve.logs import configure
+from serve.merging import Merging
 from serve.registry.database import Database
 from serve.registry.evidence import EvidenceReader
 from serve.registry.experiments import Experiments
 from serve.registry.garbage import Garbage
 from serve.registry.keys import Keys
+from serve.registry.merges import Merges
 from serve.registry.replies import Replies
 from serve.registry.repository import Repository
 from serve.registry.trials import Trials
@@ -34,8 +37,9 @@ from serve.tracing import Tracing
 from serve.watch import Watch
 
 
-def gateway_app(settings: Settings, engines: EngineClient) -> FastAPI:
-    """The ASGI application behind Ray Serve's proxy. Connects to the registry."""
+def gateway_app(settings: Settings, engines: EngineClient, ensure_runner: Callable[[], None]) -> FastAPI:
+    """The ASGI application behind Ray Serve's proxy. Connects to the registry. ``ensure_runner``: has the owner of
+    merge tasks up."""
     configure(settings.telemetry.log_level)
     database = Database(settings.registry_url)
     repository = Repository(database)
@@ -67,6 +71,16 @@ def gateway_app(settings: Settings, engines: EngineClient) -> FastAPI:
         settings.experiments,
         base_name=settings.base.name,
     )
+    garbage = Garbage(database, store, timedelta(seconds=settings.store.grace_s))
+    merging = Merging(
+        Merges(database),
+        catalog,
+        engines,
+        garbage,
+        ensure_runner,
+        base_name=settings.base.name,
+        roots=settings.merges.roots,
+    )
     services = Services(
         catalog=catalog,
         engines=engines,
@@ -78,7 +92,8 @@ def gateway_app(settings: Settings, engines: EngineClient) -> FastAPI:
         shadows=Shadows(engines, recorder, metrics, at_once=settings.experiments.shadows_at_once),
         replies=Replies(database),
         images=ImageFetcher(settings.images),
-        garbage=Garbage(database, store, timedelta(seconds=settings.store.grace_s)),
+        garbage=garbage,
+        merging=merging,
         base_name=settings.base.name,
         timeout_s=settings.server.request_timeout_s,
         isolates_caches=settings.auth.isolate_caches,

@@ -81,7 +81,7 @@ class Catalog:
         Other content than before is a further version, and what the bare name means unless ``activate`` is false.
         Raises InvalidRequest for a bad name, and what ``Intake.admit`` raises.
         """
-        self._check_name(name)
+        self.check_name(name)
         admitted = await self._engines.admit(source)
         if activate and name in self._records:
             # Requests are coming for this name; those of a new one are yet to come.
@@ -139,14 +139,14 @@ class Catalog:
         records = self._repository.adapters(known)
         self._registered = MappingProxyType(
             {
-                name: registered[name] if known.get(name) is record else _registered(record)
+                name: registered[name] if known.get(name) is record else registered_of(record)
                 for name, record in records.items()
             }
         )
         self._records = MappingProxyType(records)
 
     async def _preload(self, name: str, folder: Path) -> None:
-        self._check_name(name)
+        self.check_name(name)
         source = Source(address=str(folder))
         admitted = await self._engines.admit(source)
         known = self._records.get(name)
@@ -172,7 +172,8 @@ class Catalog:
             is_there=lambda: self._store.holds(version),
         )
 
-    def _check_name(self, name: str) -> None:
+    def check_name(self, name: str) -> None:
+        """Raises InvalidRequest for what no adapter may be called."""
         if not NAME.fullmatch(name) or name == self._base_name:
             raise InvalidRequest(
                 f"'{name[:128]}' cannot be an adapter's name: use letters, digits, '.', '_' and '-', "
@@ -181,7 +182,8 @@ class Catalog:
             )
 
 
-def _registered(record: AdapterRecord) -> Registered:
+def registered_of(record: AdapterRecord) -> Registered:
+    """What targets need to know of an adapter."""
     versions = {version.id: version.path for version in record.versions}
     return Registered(record.name, record.latest.id, versions, record.aliases)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from serve import commands, experiment_cli, offline
+from serve import commands, experiment_cli, merge_cli, offline
 from serve.commands import Service
 from serve.console import DEFAULT_URL, ApiKey, Url
 from serve.identity import Scope
@@ -27,6 +27,8 @@ keys = typer.Typer(help="API keys, in the registry's database.", no_args_is_help
 store = typer.Typer(help="The store of a running service.", no_args_is_help=True)
 app.add_typer(experiment_cli.experiments, name="experiments")
 app.add_typer(experiment_cli.aliases, name="aliases")
+app.command("merge")(merge_cli.merge)
+app.add_typer(merge_cli.merges, name="merges")
 app.add_typer(zoo, name="zoo")
 app.add_typer(keys, name="keys")
 app.add_typer(store, name="store")

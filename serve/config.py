@@ -203,6 +203,26 @@ class ExperimentSettings(_Section):
         return value.get_secret_value()  # settings travel to replicas as JSON, and are printed as text only
 
 
+class MergeSettings(_Section):
+    """``url``: where merged checkpoints lie and merges are staged: a folder that every node mounts, or a bucket with
+    its file system's ``options``; None is a folder in ``state_dir``. ``roots``: folders that the example files of
+    searches may be in.
+
+    ``at_once``: jobs under way together. Each task of one takes ``num_cpus`` and ``resources`` (``{"merge": 1}`` keeps
+    merges on nodes that have some). ``max_retries``: of a task whose node or process was lost. ``materialised_bytes``:
+    of the base's weights that an adapter of another method than LoRA may change.
+    """
+
+    url: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    roots: tuple[Path, ...] = ()
+    at_once: PositiveInt = 2
+    num_cpus: PositiveFloat = 1.0
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    max_retries: int = Field(default=8, ge=0)
+    materialised_bytes: PositiveInt = 64 << 30
+
+
 class TelemetrySettings(_Section):
     """``otlp_endpoint``: a collector's address for traces (``http://collector:4318/v1/traces``), ``trace_share`` of
     requests are traced. ``adapter_labels``: adapters that metrics name; further ones are counted as "other"."""
@@ -230,6 +250,7 @@ class Settings(BaseSettings):
     store: StoreSettings = StoreSettings()
     adapters: AdapterSettings = AdapterSettings()
     experiments: ExperimentSettings = ExperimentSettings()
+    merges: MergeSettings = MergeSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     state_dir: Path = Path(".loom")
 
@@ -253,6 +274,10 @@ class Settings(BaseSettings):
     @property
     def store_url(self) -> str:
         return self.store.url or str(self.state_dir / "store")
+
+    @property
+    def merges_url(self) -> str:
+        return self.merges.url or str(self.state_dir / "merges")
 
     @property
     def copies_folder(self) -> Path:

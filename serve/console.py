@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -30,3 +32,16 @@ def print_findings(console: Console, findings: Sequence[dict[str, Any]]) -> None
 def stop(console: Console, message: str) -> NoReturn:
     console.print(f"[bold red]Error:[/] {message}", highlight=False)
     raise typer.Exit(1)
+
+
+def read_mapping(console: Console, file: Path) -> dict[str, Any]:
+    """What a YAML or JSON file holds; the command ends where that is no mapping."""
+    try:
+        loaded = yaml.safe_load(file.read_text())
+    except OSError as error:
+        stop(console, f"{file} cannot be read: {error.strerror}.")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        stop(console, f"{file} is no valid YAML: {error}")
+    if not isinstance(loaded, dict):
+        stop(console, f"{file} must hold a mapping, such as 'name: …'.")
+    return loaded

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from ray.exceptions import RayError, RayTaskError
@@ -23,7 +23,8 @@ from lora_runtime.engine.protocol import (
     TokenEvent,
 )
 from lora_runtime.errors import EngineFault, LoomError, Overloaded
-from serve.intake import Admitted, Source
+from lora_runtime.merge.job import JobRecipe, Plan
+from serve.intake import Admitted, Named, Source
 from serve.ray_internals import by_itself
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class EngineClient(Protocol):
     async def classify(self, request: ClassifyRequest) -> Classification: ...
 
     async def admit(self, source: Source) -> Admitted: ...
+
+    async def plan(self, recipe: JobRecipe, named: Sequence[Named]) -> Plan: ...
 
     async def prefetch(self, adapter: AdapterRef) -> None:
         """Have every engine bring ``adapter`` near; what fails or takes long is left to the requests that need it."""
@@ -83,6 +86,9 @@ class HandleClient:
 
     async def admit(self, source: Source) -> Admitted:
         return await self._call(self._intake.admit, source)
+
+    async def plan(self, recipe: JobRecipe, named: Sequence[Named]) -> Plan:
+        return await self._call(self._intake.plan, recipe, named)
 
     async def prefetch(self, adapter: AdapterRef) -> None:
         try:

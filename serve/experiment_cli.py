@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from serve.commands import Service, request
-from serve.console import DEFAULT_URL, ApiKey, Url, stop
+from serve.console import DEFAULT_URL, ApiKey, Url, read_mapping
 from serve.experiments.phases import Action
 
 experiments = typer.Typer(help="A/B experiments of a running service.", no_args_is_help=True)
@@ -29,7 +28,7 @@ Reason = Annotated[str, typer.Option("--reason", "-r", help="Why; the history ke
 @experiments.command("create")
 def create(file: File, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
     """Describe an experiment; nothing is served by it before it is moved on."""
-    made = request(console, Service(url, key), "POST", "/v1/experiments", json=_read(file))
+    made = request(console, Service(url, key), "POST", "/v1/experiments", json=read_mapping(console, file))
     console.print(f"[bold]{made['name']}[/] ({made['id']}) is a draft; it can {', '.join(made['actions'])}.")
 
 
@@ -78,7 +77,7 @@ def change(
     key: ApiKey = None,
 ) -> None:
     """Say the fields of FILE anew, in place or in a new phase."""
-    body = {**_read(file), "new_phase": new_phase, "redraw": redraw, "reason": reason}
+    body = {**read_mapping(console, file), "new_phase": new_phase, "redraw": redraw, "reason": reason}
     changed = request(console, Service(url, key), "PATCH", f"/v1/experiments/{name}", json=body)
     console.print(f"[bold]{changed['name']}[/] is in phase {changed['phase']['number']}.")
 
@@ -154,18 +153,6 @@ def remove_alias(name: Alias, url: Url = DEFAULT_URL, key: ApiKey = None) -> Non
     """Forget a model name."""
     request(console, Service(url, key), "DELETE", f"/v1/aliases/{name}")
     console.print(f"Removed [bold]{name}[/].")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(file.read_text())
-    except OSError as error:
-        stop(console, f"{file} cannot be read: {error.strerror}.")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        stop(console, f"{file} is no valid YAML: {error}")
-    if not isinstance(loaded, dict):
-        stop(console, f"{file} must hold a mapping, such as 'name: …'.")
-    return loaded
 
 
 def _number(value: float | None) -> str:

@@ -28,6 +28,15 @@ class Admitted:
     location: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """A registered version that a merge is to take in, by the name that its recipe has for it."""
+
+    adapter: str
+    version: str
+    location: str
+
+
 class Intake:
     """The road of an adapter's bytes into the store."""
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from lora_runtime.engine.factory import create_examiner
+from lora_runtime.merge.job import JobRecipe, Plan
 from serve.config import Settings
-from serve.intake import Admitted, Intake, Source
+from serve.intake import Admitted, Intake, Named, Source
 from serve.logs import configure
+from serve.planner import planned
 from serve.storage import copies_of, sources_of, store_of
 
 
@@ -16,10 +20,13 @@ class IntakeReplica:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         """``settings``: :class:`serve.config.Settings`, dumped."""
-        checked = Settings.model_validate(settings)
+        self._settings = checked = Settings.model_validate(settings)
         configure(checked.telemetry.log_level)
         examiner = create_examiner(checked.engine.kind, checked.engine_options)
         self._intake = Intake(store_of(checked), sources_of(checked), copies_of(checked), examiner)
 
     async def admit(self, source: Source) -> Admitted:
         return await self._intake.admit(source)
+
+    async def plan(self, recipe: JobRecipe, named: Sequence[Named]) -> Plan:
+        return await asyncio.to_thread(planned, recipe, named, self._settings)

@@ -20,6 +20,7 @@ from ray.serve.exceptions import RayServeException
 
 from serve.app import APP_NAME, application
 from serve.config import Settings
+from serve.jobs.cluster import stop_runner
 
 OBJECT_STORE_BYTES = 200 << 20
 """Ray's own default takes 30 % of memory; requests here carry a few images at most."""
@@ -33,16 +34,7 @@ def running(settings: Settings, *, address: str | None = None) -> Iterator[str]:
 
     ``address`` is a Ray cluster to join; without one a local Ray is started and stopped.
     """
-    _prepare_environment()
-    local: dict[str, Any] = {"num_cpus": max(4, os.cpu_count() or 1), "object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(
-        address=address or "local",  # without it, Ray would join whatever else runs on this machine
-        include_dashboard=False if address is None else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        namespace="loom",
-        **({} if address else local),
-    )
+    connect(address, num_cpus=max(4, os.cpu_count() or 1))
     try:
         ray_serve.start(
             proxy_location=ProxyLocation.HeadOnly,
@@ -58,8 +50,24 @@ def running(settings: Settings, *, address: str | None = None) -> Iterator[str]:
         yield f"{settings.server.scheme}://{settings.server.host}:{settings.server.port}"
     finally:
         _drain()
+        with suppress(RayError):
+            stop_runner()
         ray_serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
+
+
+def connect(address: str | None, *, num_cpus: int) -> None:
+    """Have this process be a driver of the Ray cluster at ``address``, or of a local one of so many CPUs."""
+    _prepare_environment()
+    local: dict[str, Any] = {"num_cpus": num_cpus, "object_store_memory": OBJECT_STORE_BYTES}
+    ray.init(
+        address=address or "local",  # without it, Ray would join whatever else runs on this machine
+        include_dashboard=False if address is None else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        namespace="loom",
+        **({} if address else local),
+    )
 
 
 def _drain() -> None:

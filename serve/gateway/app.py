@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from serve.follower import Follower
-from serve.gateway import adapters, chat, classify, completions, experiments, health, management, models, pages
+from serve.gateway import adapters, chat, classify, completions, experiments, health, management, merges, models, pages
 from serve.gateway.errors import install_handlers
 from serve.gateway.generation import Services
 from serve.gateway.housekeeping import Housekeeping
@@ -60,6 +60,7 @@ def create_app(
         housekeeping = Housekeeping(services.garbage.collect, every_s=collect_every_s)
         services.recorder.start()
         watch.start()
+        await services.merging.go_on()
         yield
         await watch.stop()
         await housekeeping.stop()
@@ -75,7 +76,7 @@ def create_app(
     app = FastAPI(
         title="Loom", description=DESCRIPTION, version="1", lifespan=lifespan, redoc_url=None, responses=refused
     )
-    for routes in (chat, completions, classify, models, adapters, experiments, management, pages, health):
+    for routes in (chat, completions, classify, models, adapters, experiments, merges, management, pages, health):
         app.include_router(routes.router(services))
     app.include_router(experiments.feedback_router(services))
     install_handlers(app)

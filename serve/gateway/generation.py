@@ -27,6 +27,7 @@ from serve.gateway.errors import CLIENT_LEFT, error_body
 from serve.gateway.fetching import ImageFetcher
 from serve.gateway.shadowing import Shadows
 from serve.identity import Identity, Reachable
+from serve.merging import Merging
 from serve.registry.garbage import Garbage
 from serve.registry.replies import Replies
 from serve.schemas import common
@@ -63,6 +64,7 @@ class Services:
     experiments: Experimentation
     recorder: Recorder
     shadows: Shadows
+    merging: Merging
     base_name: str
     timeout_s: float
     isolates_caches: bool = False

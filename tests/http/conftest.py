@@ -48,7 +48,16 @@ def client(fake: Served) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    settings = {"engine": {"options": {"max_slots": 4, "max_batch_size": 8, "max_images": 8}}}
+def examples_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that searches may read examples from."""
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory, examples_root: Path) -> Iterator[Served]:
+    settings = {
+        "engine": {"options": {"max_slots": 4, "max_batch_size": 8, "max_images": 8}},
+        "merges": {"roots": [str(examples_root)]},
+    }
     with served(tmp_path_factory.mktemp("zoo"), settings) as running:
         yield running
