@@ -28,6 +28,7 @@ from lora_runtime.errors import MergeRefused, VerificationFailed
 from lora_runtime.export import write_adapter
 from lora_runtime.folder import FILES
 from lora_runtime.merge.base import BaseShard
+from lora_runtime.merge.check import check_shard
 from lora_runtime.merge.expected import expected_of
 from lora_runtime.merge.job import Unit
 from lora_runtime.merge.parts import read_parts, write_part
@@ -145,8 +146,6 @@ def _merged(work: Work, unit: Unit, path: Path) -> dict[str, Any]:
 
 
 def _checked(work: Work, unit: Unit) -> dict[str, Any]:
-    from lora_runtime.merge.check import check_shard
-
     found = _open(work)
     shard = _shard(found, unit)
     changed = found.inputs(work.plan.recipe).places

@@ -24,21 +24,21 @@ def write(into: Workspace, file: str, content: str) -> None:
 def test_a_result_is_there_once_it_is_published(place: Place):
     made = workspace(place)
     write(made, "a.safetensors", "one")
-    write(made, "config.json", "two")
+    write(made, "templates/config.json", "two")
     assert made.published() is None
     made.keep("a", {"sha256": "x"})
     assert workspace(place).record("a") == {"sha256": "x"} and made.record("b") is None
     with made.reading("a.safetensors") as path:
         assert path.read_text() == "one"
     with made.result() as folder:
-        assert {"a.safetensors", "config.json"} <= {file.name for file in folder.iterdir()}
+        assert {"a.safetensors", "config.json"} <= {file.name for file in folder.rglob("*")}
     made.publish({"job": "me"})
     found = workspace(place, identifier="2" * 32).published()
     assert found is not None and found["job"] == "me" and made.location.startswith(place.url)
     made.discard()
     assert made.record("a") is None and made.published() == found
     if not place.options:
-        assert {file.name for file in Path(made.location).iterdir()} == {
+        assert {file.name for file in Path(made.location).rglob("*") if file.is_file()} == {
             "a.safetensors", "config.json", "manifest.json",
         }  # fmt: skip
 
