@@ -22,6 +22,7 @@ from lora_runtime.weights import NOT_SAVED, AdapterWeights, LoraFactors, TokenRo
 
 Place = tuple[str, str]
 """A leaf and the name of its parameter, both canonical."""
+CANCELLED = torch.finfo(torch.float32).eps ** 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,8 +51,8 @@ class Change:
         return replace(self, factors=factors)
 
     def added(self, own_MN: Tensor, rows: slice) -> Tensor:
-        """W + Δ of ``rows`` in fp32, which the caller may write into. ``own_MN``: W of those rows, in fp32, and lost: it
-        is written into, and may be what is returned.
+        """W + Δ of ``rows`` in fp32, which the caller may write into. ``own_MN``: W of those rows, in fp32; it is
+        written into, and may be what is returned.
 
         The last bit may depend on which rows are asked for together, as the sums of a matrix product do.
         """
@@ -66,13 +67,15 @@ class Change:
     def norm(self) -> float | None:
         """‖Δ‖ where it follows from the factors, without a product of them: else None.
 
-        ‖sBA‖² = s²·tr((BᵀB)(AAᵀ)), in fp64.
+        ‖sBA‖² = s²·tr((BᵀB)(AAᵀ)), in fp64. Parts that cancel as far as fp32 can tell are nothing: 0.
         """
         if self.factors is None or self.full or self.rows or self.shifts:
             return None
         left_MR, right_RN = (factor.double() for factor in _left_right(self.factors))
-        squared = float(((left_MR.T @ left_MR) * (right_RN @ right_RN.T)).sum())
-        return abs(self.factors.scaling) * math.sqrt(max(0.0, squared))
+        left_RR, right_RR = left_MR.T @ left_MR, right_RN @ right_RN.T
+        squared = float((left_RR * right_RR).sum())
+        of_parts = float(left_RR.trace() * right_RR.trace())
+        return abs(self.factors.scaling) * math.sqrt(squared) if squared > CANCELLED * of_parts else 0.0
 
     def _replaced(self, own_MN: Tensor, rows: slice) -> Tensor:
         """W with what is carried in full, of ``rows``."""

@@ -21,6 +21,7 @@ from queue import Empty, Queue
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import ray
 import torch
 
 from lora_runtime.engine.factory import create_examiner
@@ -114,7 +115,7 @@ def _recorded(work: Work, name: str, file: str | None, do: Callable[[Path], dict
             "base": work.stamp,
             "seconds": round(time.monotonic() - begun, 3),
             "peak_bytes": _peak_bytes(),
-            "node": socket.gethostname(),
+            "node": _node(),
             "pid": os.getpid(),
             "report": report,
         },
@@ -246,6 +247,11 @@ def _report(work: Work, unit: Unit) -> ShardReport:
 def _written(path: Path) -> int:
     sizes = [file.stat().st_size for file in path.parent.glob(f"*{path.name}*") if file.is_file()]
     return max(sizes, default=0)
+
+
+def _node() -> str:
+    """The machine, and the Ray node on it that this is a process of."""
+    return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
 
 
 def _forget_peak() -> None:

@@ -3,24 +3,31 @@ adapter, and every byte that the adapter does not touch is the base's."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from lora_runtime.combine import combine
 from lora_runtime.errors import CheckpointRejected, UnknownModules
+from lora_runtime.merge import shard
 from lora_runtime.merge.changes import AdapterChanges, check_all_land
 from lora_runtime.merge.shard import ShardReport, merge_shard
 from lora_runtime.names import canonical
 from lora_runtime.parameters import BaseParameters
-from lora_runtime.weights import AdapterWeights, LoraFactors
+from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule
 from tests.oracle.models import dense_logits, logits_of, tiny_qwen2vl
 from tests.oracle.test_checkpoint import BASES, INPUTS, MOVED, TOLERANCE, Saved, differ, saved  # noqa: F401
 
@@ -111,6 +118,77 @@ def test_the_bytes_are_the_same_every_time(saved: Saved, base: Path, tmp_path: P
         header = 8 + int.from_bytes(source[:8], "little")
         assert target[:header] == source[:header]
     assert not [file for file in (tmp_path / "one").iterdir() if file.name.startswith(".")]
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([(1, 700), (130, 33), (67, 5, 2, 2), (400,), (3, 1), (0, 4), ()]),
+    st.integers(1, 9),
+    st.lists(st.integers(1, 20_000), min_size=1, max_size=3),
+    st.integers(0, 10**6),
+)
+def test_how_much_is_read_at_once_does_not_matter(
+    dtype: torch.dtype, shape: tuple[int, ...], rank: int, block_bytes: list[int], seed: int
+):
+    """To the last bit, though a matrix product's last bits depend on how many rows are asked for: those are fixed."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randn(shape, generator=generator).to(dtype)
+    columns = math.prod(shape[1:])
+    if len(shape) < 2:
+        part = torch.randn(shape, generator=generator)
+        weights = AdapterWeights(version="x", saved={"leaf": SavedModule(parameters={"weight": part})})
+    else:
+        a, b = torch.randn(rank, columns, generator=generator), torch.randn(shape[0], rank, generator=generator)
+        weights = AdapterWeights(version="x", lora={"leaf": LoraFactors(a=a, b=b, scaling=0.3)})
+    with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard, "TILE_VALUES", 256)
+        folder = Path(name)
+        save_file({"leaf.weight": own, "other": torch.arange(3000)}, folder / "source")
+        reports = []
+        for size in (1 << 20, *block_bytes):
+            target = folder / str(size)
+            reports.append(merge_shard(folder / "source", target, AdapterChanges(weights), PLACES, block_bytes=size))
+            assert hashlib.sha256(target.read_bytes()).hexdigest() == reports[0].sha256
+        assert all(report == reports[0] for report in reports)
+        after = load_file(folder / str(1 << 20))["leaf.weight"]
+    if len(shape) < 2:
+        assert torch.equal(after, part.to(dtype))
+    elif own.numel():
+        delta = weights.lora["leaf"].delta().reshape(shape).double()
+        assert (after.double() - (own.double() + delta)).abs().max() <= torch.finfo(dtype).eps * 16
+        told = reports[0].tensors["leaf.weight"]
+        assert told.is_finite and told.delta_norm == pytest.approx(float(delta.norm()), rel=1e-5)
+        assert told.changed == float((after != own).double().mean())
+        lost = float((after.double() - (own.double() + delta)).norm() / delta.norm())
+        assert told.rounding == pytest.approx(lost, rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("where", ["write", "fsync"])
+def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
+    """Writes are another thread's; its error is the caller's."""
+    source = tmp_path / "model.safetensors"
+    save_file({"leaf.weight": torch.zeros(3, 4)}, source)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*((os, "fsync") if where == "fsync" else (shard._Sink, "_write")), full)
+    with pytest.raises(OSError, match="No space left"):
+        merge_shard(source, tmp_path / "out.safetensors", CHANGES, PLACES)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(65_000.0, torch.float16), (3.3e38, torch.bfloat16)])
+def test_what_the_dtype_cannot_hold_is_told(tmp_path: Path, value: float, dtype: torch.dtype):
+    source = tmp_path / "model.safetensors"
+    own = torch.zeros(3, 4, dtype=dtype)
+    own[1, 2] = value
+    save_file({"leaf.weight": own}, source)
+    for scaling, is_finite in ((value / 20, False), (value / 1e6, True)):
+        large = AdapterChanges(AdapterWeights(version="x", lora={"leaf": replace(ONES, scaling=scaling)}))
+        report = merge_shard(source, tmp_path / "out.safetensors", large, PLACES).tensors["leaf.weight"]
+        assert report.is_finite is is_finite
 
 
 def test_a_change_without_a_place_is_refused(saved: Saved, base: Path):  # noqa: F811
