@@ -54,6 +54,11 @@ class Inputs:
         found = frozenset(place for adapter in self._opened.values() for place in adapter.places)
         return found - {(head, "weight") for head in self._layout.tied if self._is_tied(head)}
 
+    @property
+    def torn(self) -> list[str]:
+        """Tied heads that are to become other than their embeddings, which a checkpoint of this base cannot hold."""
+        return [head for head in self._layout.tied if not self._is_tied(head)]
+
     def merged(self, leaves: Collection[str] | None = None, *, with_heads: bool = True) -> Merged:
         """The adapter that the recipe makes, or what it does to ``leaves`` alone."""
         weights = {

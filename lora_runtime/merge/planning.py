@@ -127,6 +127,12 @@ def _problems(recipe: JobRecipe, planned: Sequence[PlannedInput], found: Opened,
             "Are shards and config.json of one model?"
         )
     if recipe.product == "checkpoint":
+        problems += [
+            f"The base ties '{head}' to '{found.layout.tied[head]}', and the adapters change one of them, or each in "
+            "another way. Merge into an adapter, or untie the base first."
+            for head in inputs.torn
+        ]
+        places = places - {(head, "weight") for head in inputs.torn}
         try:
             check_all_land(places, found.base.places.values())
         except LoomError as error:
