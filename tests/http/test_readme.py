@@ -57,7 +57,7 @@ def test_python_examples(here):
 
 def test_shell_examples(here):
     zoo, folder = here
-    asking, managing, versioning, uploading, classifying, experimenting, keys = blocks("bash")
+    asking, managing, versioning, uploading, classifying, experimenting, merging, keys = blocks("bash")
     example = examples("colour", "heldout", 1)[0]
     answered = run(["bash", "-e"], zoo, folder, asking)
     assert example.question.removeprefix("What colour is at the ") in answered
@@ -78,6 +78,8 @@ def test_shell_examples(here):
     experimented = run(["bash", "-e"], zoo, folder, experimenting)
     assert "x-variant: " in experimented.lower() and '"counts":true' in experimented
     assert "rolled_back; it can archive" in experimented and "error_rate" in experimented
+    merged = run(["bash", "-e"], zoo, folder, merging)
+    assert "1 tasks of" in merged and re.search(r"merge_[0-9a-f]{16} is under way", merged) and "skills" in merged
     made = run(["loom", "keys", "create", "x", "-s", "infer"], zoo, folder, "").strip()
     shown = run(["bash", "-e"], zoo, folder, keys.replace("3f9a12b4c5d6", made.split("_")[1]) + "\nloom keys ls\n")
     assert re.search(r"^loom_[0-9a-f]{12}_", shown) and "revoked" in shown and "shop-*" in shown
