@@ -92,11 +92,13 @@ class Merging:
         job, _ = await self.get(identifier, identity)
         return await asyncio.to_thread(self._merges.log, job.id, after=after, limit=limit)
 
-    async def checkpoints(self) -> list[Checkpoint]:
-        return await asyncio.to_thread(self._merges.checkpoints)
+    async def checkpoints(self, identity: Identity) -> list[Checkpoint]:
+        found = await asyncio.to_thread(self._merges.checkpoints)
+        return [checkpoint for checkpoint in found if identity.may_use(checkpoint.name)]
 
-    async def checkpoint(self, name: str) -> Checkpoint:
-        """Raises NotFound."""
+    async def checkpoint(self, name: str, identity: Identity) -> Checkpoint:
+        """Raises NotFound, or Forbidden."""
+        identity.check_adapter(name)
         return await asyncio.to_thread(self._merges.checkpoint, name)
 
     async def _ensured(self) -> None:

@@ -75,8 +75,8 @@ class Recipe(Part):
     ``core_tsv`` is ``tsv`` in the core, as Core Space's authors pair them (arXiv 2509.17786), ``svd`` is ``linear`` at
     a rank, and ``slerp`` is ``karcher`` of two.
 
-    What the method makes of low-rank parts counts ``scale`` times (λ of the papers). It is of ``rank`` at most where the
-    method is not exact: if none is given, the largest of the inputs' for ``svd``, and otherwise all that there is.
+    What the method makes of low-rank parts counts ``scale`` times (λ of the papers). It is of ``rank`` at most where
+    the method is not exact: if none is given, the largest of the inputs' for ``svd``, and otherwise all that there is.
     Everything random follows from ``seed`` and from the tensor's name.
     """
 

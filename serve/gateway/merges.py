@@ -57,11 +57,11 @@ def router(services: Services) -> APIRouter:
         return LogAnswer(data=[LineAnswer.of(line) for line in found])
 
     @routes.get("/v1/checkpoints", summary="Merged bases, by name")
-    async def checkpoints() -> CheckpointList:
-        return CheckpointList(data=[CheckpointAnswer.of(found) for found in await merging.checkpoints()])
+    async def checkpoints(identity: Who) -> CheckpointList:
+        return CheckpointList(data=[CheckpointAnswer.of(found) for found in await merging.checkpoints(identity)])
 
     @routes.get("/v1/checkpoints/{name}", summary="One merged base")
-    async def checkpoint(name: str) -> CheckpointAnswer:
-        return CheckpointAnswer.of(await merging.checkpoint(name))
+    async def checkpoint(name: str, identity: Who) -> CheckpointAnswer:
+        return CheckpointAnswer.of(await merging.checkpoint(name, identity))
 
     return routes

@@ -29,7 +29,8 @@ def build_base(folder: Path, layers: int, shard_size: str) -> int:
     """Random weights in bf16; returns how many bytes of them there are."""
     config = tiny_qwen2vl().config
     text = config.text_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.vocab_size = HIDDEN, INNER, layers, VOCABULARY
+    text.hidden_size, text.intermediate_size = HIDDEN, INNER
+    text.num_hidden_layers, text.vocab_size = layers, VOCABULARY
     text.num_attention_heads, text.num_key_value_heads = HEADS, KV_HEADS
     text.layer_types = ["full_attention"] * layers
     text.rope_parameters["mrope_section"] = [16, 24, 24]

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 import yaml
+from moto.server import ThreadedMotoServer
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
@@ -100,6 +102,35 @@ def test_an_adapter_is_made_in_a_folder_that_peft_loads(tmp_path: Path, state: P
     assert manifest["inputs"][0]["version"] and manifest["verification"]["probe"]["kl_to_base"] > 0.01
     again = ended(started(tmp_path, state, recipe, "--out", str(tmp_path / "made")))
     assert "'made' exists already" in again
+
+
+def test_a_checkpoint_in_a_bucket_is_there_once_its_pointer_is(tmp_path: Path, state: Path, monkeypatch):
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {
+        "key": "test", "secret": "test",
+        "client_kwargs": {"endpoint_url": f"http://{host}:{port}", "region_name": "eu-central-1"},
+    }  # fmt: skip
+    files = s3fs.S3FileSystem(**options)
+    files.mkdir("merges")
+    monkeypatch.setenv("LOOM_MERGES__URL", "s3://merges/loom")
+    monkeypatch.setenv("LOOM_MERGES__OPTIONS", json.dumps(options))
+    recipe = {
+        "name": "shapes", "product": "checkpoint", "method": "cat",
+        "inputs": [{"adapter": str(ADAPTERS["shape"])}],
+    }  # fmt: skip
+    output = ended(started(tmp_path, state, recipe))
+    assert "Verified: KL" in output, output
+    pointer = json.loads(files.cat_file("merges/loom/shapes/manifest.json"))
+    folder = f"merges/loom/shapes/{pointer['folder']}"
+    assert {Path(name).name for name in files.ls(folder)} == {file.name for file in BASE.iterdir()} | {"manifest.json"}
+    for file, told in pointer["files"].items():
+        assert hashlib.sha256(files.cat_file(f"{folder}/{file}")).hexdigest() == told["sha256"]
+    assert not files.find("merges/loom/.staging")
+    merges = Merges(Database(f"sqlite:///{state / 'registry.db'}"))
+    assert merges.checkpoint("shapes").location == f"s3://{folder}"
+    server.stop()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def recipe(name: str, adapters: list[str], **more: object) -> dict[str, object]:
 
 
 def test_a_node_that_dies_costs_its_unfinished_shards_only(cluster: Cluster, world: tuple[Settings, Path, list[str]]):
-    settings, folder, adapters = world
+    settings, _, adapters = world
     ensure_runner(settings)
     undisturbed = followed(settings, submit(settings, recipe("undisturbed", adapters)))
     assert undisturbed.state is MergeState.SUCCEEDED, undisturbed.error

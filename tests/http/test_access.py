@@ -296,3 +296,23 @@ def test_who_may_experiment_and_report(guarded: Served):
     experimenting.post("/v1/experiments/language/roll_back", json={}).raise_for_status()
     entry = experimenting.get("/v1/experiments/language/history").json()["data"][0]
     assert entry["actor"].startswith("someone ("), "the history names the key"
+
+
+def test_who_may_merge(guarded: Served):
+    """Those with the scope, what they reach, into names that they reach; others' merges are not there for them."""
+    recipe = {"name": "support-both", "method": "cat", "inputs": [{"adapter": "support-en"}, {"adapter": "support-de"}]}
+    refused = httpx.post(f"{guarded.url}/v1/merges", json=recipe, headers=bearer(key(guarded, "-s", "infer")))
+    assert refused.status_code == 403 and "'merges'" in refused.json()["error"]["message"]
+    team = bearer(key(guarded, "-s", "merges", "-a", "support-*"))
+
+    def asked(**change: object) -> httpx.Response:
+        return httpx.post(f"{guarded.url}/v1/merges", json=recipe | change, headers=team, timeout=60)
+
+    assert asked(name="sales-both").status_code == 403
+    beyond = asked(inputs=[{"adapter": "support-en"}, {"adapter": "sales"}]).json()["error"]["message"]
+    assert "no model or adapter 'sales'" in beyond
+    fake = asked()
+    assert fake.status_code == 400 and "no base to merge into" in fake.json()["error"]["message"]
+    assert httpx.get(f"{guarded.url}/v1/merges", headers=team).json()["data"] == []
+    assert httpx.get(f"{guarded.url}/v1/checkpoints", headers=team).json()["data"] == []
+    assert httpx.get(f"{guarded.url}/v1/checkpoints/sales", headers=team).status_code == 403

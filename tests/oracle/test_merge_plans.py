@@ -58,11 +58,12 @@ def only(adapters: dict[str, Path], *names: str) -> dict[str, Path]:
     return {name: adapters[name] for name in names}
 
 
-def changed(folder: Path, to: Path, change: Callable[[dict[str, Any]], None], file: str = "adapter_config.json") -> Path:
+def changed(folder: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of an adapter with another configuration."""
     shutil.copytree(folder, to)
-    config = json.loads((to / file).read_text())
+    config = json.loads((to / "adapter_config.json").read_text())
     change(config)
-    (to / file).write_text(json.dumps(config))
+    (to / "adapter_config.json").write_text(json.dumps(config))
     return to
 
 

@@ -57,7 +57,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
 
 CHOSEN = {
     *("server.host", "auth.required", "base.name", "base.path", "store.url", "adapters.roots", "adapters.preload"),
-    *("engine.options", "gateways.num_cpus", "engines.num_cpus", "engines.num_gpus"),
+    *("merges.url", "engine.options", "gateways.num_cpus", "engines.num_cpus", "engines.num_gpus"),
 }
 """Where deploy/loom.yaml differs from the defaults on purpose."""
 
