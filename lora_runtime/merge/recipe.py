@@ -88,7 +88,7 @@ class Recipe(Part):
     epsilon: float = Field(default=0.2, ge=0, lt=1)
     gamma: float = Field(default=0.01, ge=0, lt=1)
     scale: Number = 1.0
-    convention: Convention = "mergekit"
+    convention: Convention = "loom"
     seed: int = Field(default=0, ge=0, lt=1 << 63)
 
     @model_validator(mode="after")
@@ -104,8 +104,10 @@ class Recipe(Part):
             raise ValueError(f"'{self.method}' is a mean, and takes weights above 0 only")
         if self.method == "core_tsv" and self.space != "core":
             raise ValueError("'core_tsv' is 'tsv' in the core space; leave 'space' out")
-        if self.method == "della" and not self.epsilon / 2 < min(self.density, 1 - self.density) and self.density < 1:
-            raise ValueError("'epsilon' must be small enough that density ± epsilon/2 stays between 0 and 1")
+        spread = self.epsilon / (1 if self.convention == "mergekit" else 2)
+        if self.method == "della" and self.density < 1 and not spread < min(self.density, 1 - self.density):
+            half = "" if self.convention == "mergekit" else "/2"
+            raise ValueError(f"'epsilon' must be small enough that density ± epsilon{half} stays between 0 and 1")
         return self
 
     def constant_weights(self) -> list[float]:

@@ -52,21 +52,25 @@ def ties(deltas_TMN: Tensor, weights_T: Tensor, options: Options, _: Generator) 
 
 
 def dare_linear(deltas_TMN: Tensor, weights_T: Tensor, options: Options, generator: Generator) -> Tensor:
-    """Σ wᵢ·DARE(Dᵢ). As in the paper and in PEFT, what stays is divided by the density; mergekit's method of this name
-    scales it to the L1 norm that was there."""
+    """Σ wᵢ·DARE(Dᵢ)."""
     return linear(_dropped(deltas_TMN, options, generator), weights_T, options, generator)
 
 
 def dare_ties(deltas_TMN: Tensor, weights_T: Tensor, options: Options, generator: Generator) -> Tensor:
-    """TIES' election over deltas that DARE thinned out. By either convention what agrees is divided, as in the paper;
-    mergekit does so in this method only if asked (``normalize: true``)."""
-    return elected(_dropped(deltas_TMN, options, generator), weights_T, options.convention)
+    """TIES' election over deltas that DARE thinned out."""
+    thinned = _dropped(deltas_TMN, options, generator)
+    return elected(thinned, weights_T, options.convention, is_divided=options.convention != "mergekit")
 
 
 def della(deltas_TMN: Tensor, weights_T: Tensor, options: Options, generator: Generator) -> Tensor:
     """TIES' election over deltas that MagPrune thinned out."""
-    thinned = _each(deltas_TMN, lambda d: sparsify.ranked(d, options.density, options.epsilon, generator))
-    return elected(thinned, weights_T, options.convention)
+    is_mergekits = options.convention == "mergekit"
+    spread = 2 * options.epsilon if is_mergekits else options.epsilon
+
+    def thin(delta_MN: Tensor) -> Tensor:
+        return sparsify.ranked(delta_MN, options.density, spread, generator, by_norm=is_mergekits)
+
+    return elected(_each(deltas_TMN, thin), weights_T, options.convention)
 
 
 def breadcrumbs(deltas_TMN: Tensor, weights_T: Tensor, options: Options, generator: Generator) -> Tensor:
@@ -145,14 +149,16 @@ def robust_merge(deltas_TMN: Tensor, weights_T: Tensor, options: Options, _: Gen
     return merged
 
 
-def elected(deltas_TMN: Tensor, weights_T: Tensor, convention: Convention) -> Tensor:
-    """Entries whose sign is the elected one, averaged (arXiv 2306.01708, §4.2-4.3)."""
+def elected(deltas_TMN: Tensor, weights_T: Tensor, convention: Convention, *, is_divided: bool = True) -> Tensor:
+    """Entries whose sign is the elected one, averaged (arXiv 2306.01708, §4.2-4.3), or added up."""
     weights = weights_T[:, None, None]
     weighted = deltas_TMN * weights
-    voters = weighted if convention == "mergekit" else deltas_TMN
+    voters = deltas_TMN if convention == "peft" else weighted
     elected_sign = torch.where(voters.sum(0) >= 0, 1.0, -1.0)
     agrees = voters.sign() == elected_sign
     total = (weighted * agrees).sum(0)
+    if not is_divided:
+        return total
     if convention == "peft":
         return total / agrees.sum(0).clamp(min=1)
     shares = (weights * agrees).sum(0)
@@ -160,7 +166,8 @@ def elected(deltas_TMN: Tensor, weights_T: Tensor, convention: Convention) -> Te
 
 
 def _dropped(deltas_TMN: Tensor, options: Options, generator: Generator) -> Tensor:
-    return _each(deltas_TMN, lambda d: sparsify.random(d, options.density, generator))
+    by_norm = options.convention == "mergekit"
+    return _each(deltas_TMN, lambda d: sparsify.random(d, options.density, generator, by_norm=by_norm))
 
 
 def _each(deltas_TMN: Tensor, thin: Callable[[Tensor], Tensor]) -> Tensor:

@@ -19,22 +19,24 @@ def magnitude(delta_MN: Tensor, density: float) -> Tensor:
     return delta_MN * mask.view_as(delta_MN)
 
 
-def random(delta_MN: Tensor, density: float, generator: Generator) -> Tensor:
+def random(delta_MN: Tensor, density: float, generator: Generator, *, by_norm: bool = False) -> Tensor:
     """Each entry with probability ``density``, over ``density`` (DARE: Yu et al. 2023, arXiv 2311.03099).
 
-    The expectation is the delta itself.
+    The expectation is the delta itself. ``by_norm``: scaled to the L1 norm that was there instead, as mergekit does.
     """
     if density >= 1:
         return delta_MN
     mask = torch.rand(delta_MN.shape, generator=generator, dtype=torch.float64) < density
-    return delta_MN * mask / density
+    return _to_norm(delta_MN, mask) if by_norm else delta_MN * mask / density
 
 
-def ranked(delta_MN: Tensor, density: float, epsilon: float, generator: Generator) -> Tensor:
+def ranked(
+    delta_MN: Tensor, density: float, epsilon: float, generator: Generator, *, by_norm: bool = False
+) -> Tensor:
     """Each entry with a probability pᵢ that rises from density − ε/2 to density + ε/2 with its magnitude's rank in its
     row, over pᵢ (DELLA's MagPrune: Deep et al. 2024, arXiv 2406.11617, §3.1). The expectation is the delta itself.
 
-    mergekit's method of this name spreads pᵢ over ±ε, and matches a norm where this divides.
+    ``by_norm``: scaled to the L1 norm that was there instead, as mergekit does.
     """
     if density >= 1:
         return delta_MN
@@ -43,7 +45,7 @@ def ranked(delta_MN: Tensor, density: float, epsilon: float, generator: Generato
     spread = ranks / (columns - 1) - 0.5 if columns > 1 else torch.zeros_like(ranks)
     keep = density + epsilon * spread
     mask = torch.rand(delta_MN.shape, generator=generator, dtype=torch.float64) < keep
-    return delta_MN * mask / keep
+    return _to_norm(delta_MN, mask) if by_norm else delta_MN * mask / keep
 
 
 def without_outliers(delta_MN: Tensor, density: float, gamma: float) -> Tensor:
@@ -56,3 +58,9 @@ def without_outliers(delta_MN: Tensor, density: float, gamma: float) -> Tensor:
     mask = torch.zeros(count, dtype=torch.bool)
     mask[order[dropped : dropped + kept]] = True
     return delta_MN * mask.view_as(delta_MN)
+
+
+def _to_norm(delta_MN: Tensor, mask: Tensor) -> Tensor:
+    kept = delta_MN * mask
+    before, after = delta_MN.abs().sum(), kept.abs().sum()
+    return kept * (before / after) if min(before, after) >= 1e-7 else kept

@@ -276,3 +276,20 @@ def test_one_adapter_at_full_density_is_itself(seed: int, rule: str, weight: flo
 def test_nothing_in_nothing_out(rule: str):
     got = apply(rule, torch.zeros(2, 4, 5, dtype=torch.float64), [1.0, 1.0])
     assert got.shape == (4, 5) and not got.any() and torch.isfinite(got).all()
+
+
+@given(SEEDS, st.floats(0.1, 0.9))
+def test_mergekits_scaling_keeps_the_norm_that_was_there(seed: int, density: float):
+    delta = deltas(seed, count=1)[0]
+    ranked = sparsify.ranked(delta, density, 0.1, generator(seed), by_norm=True)
+    for thinned in (sparsify.random(delta, density, generator(seed), by_norm=True), ranked):
+        if thinned.abs().sum() > 0:
+            assert float(thinned.abs().sum()) == pytest.approx(float(delta.abs().sum()))
+            kept = thinned[thinned != 0] / delta[thinned != 0]
+            assert close(kept, kept[:1].expand_as(kept))
+
+
+def test_mergekits_dare_ties_adds_up_what_agrees():
+    same = deltas(0, count=1).repeat(2, 1, 1)
+    assert close(apply("dare_ties", same, [0.5, 1.0], density=1.0, convention="mergekit"), 1.5 * same[0])
+    assert close(apply("dare_ties", same, [0.5, 1.0], density=1.0), same[0])
