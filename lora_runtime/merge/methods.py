@@ -10,10 +10,10 @@ from typing import Literal
 Convention = Literal["loom", "mergekit", "peft"]
 """Whose meaning a method's name has, where tools differ (mergekit 0.1.5, PEFT 0.21).
 
-TIES and its kin: PEFT elects signs before weighting and divides by how many agree; mergekit and ``loom`` elect after it,
-and divide by the weights of those that agree, but that mergekit's ``dare_ties`` does not divide. What is dropped at random
-is made up for by the density, so that the expectation stays; in mergekit, by the ratio of L1 norms. DELLA's densities
-spread over ±ε/2 as in its paper; in mergekit, over ±ε.
+TIES and its kin: PEFT elects signs before weighting and divides by how many agree; mergekit and ``loom`` elect after
+it, and divide by the weights of those that agree, but that mergekit's ``dare_ties`` does not divide. What is dropped at
+random is made up for by the density, so that the expectation stays; in mergekit, by the ratio of L1 norms. DELLA's
+densities spread over ±ε/2 as in its paper; in mergekit, over ±ε.
 """
 
 

@@ -1,4 +1,4 @@
-"""Merging an adapter into a base: here, by PEFT's merge_and_unload, by mergekit, and the copy that all must at least be.
+"""Merging an adapter into a base: here, by PEFT's merge_and_unload, by mergekit; and the copy that it at least is.
 
     python -m tests.benchmarks.merge_base [--layers 2] [--rounds 3] [--out-dir DIR] [--mergekit VENV/bin/mergekit-yaml]
 
@@ -12,10 +12,11 @@ disk, without importing, and the most memory it had. ``--out-dir``: on the disk 
   them. Their memory is added up.
 - PEFT, mergekit: as many threads as there are cores.
 
-mergekit wants other versions of libraries: it is not installed here, but run from where ``--mergekit`` says (``python -m
-venv V``, ``V/bin/pip install torch mergekit``), and left out otherwise. It takes adapters as "model+adapter": it loads
-the model, calls PEFT's merge_and_unload, saves that, and copies it to its output tensor by tensor. Version 0.1.5 looks
-for Qwen2-VL's number of layers where transformers 5 does not keep it, so it reads a configuration that says it twice.
+mergekit wants other versions of libraries: it is not installed here, but run from where ``--mergekit`` says (``python
+-m venv V``, ``V/bin/pip install torch mergekit``), and left out otherwise. It takes adapters as "model+adapter": it
+loads the model, calls PEFT's merge_and_unload, saves that, and copies it to its output tensor by tensor. Version 0.1.5
+looks for Qwen2-VL's number of layers where transformers 5 does not keep it, so it reads a configuration that says it
+twice.
 
 Each side begins with the base in the page cache, and with memory that the machine really has: on a virtual one, memory
 that was not in use for a while is fetched from the host page by page when it is written to, which takes longer than the
@@ -179,7 +180,8 @@ def by_two_processes(folder: Path, out: Path) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(3)
     with ProcessPoolExecutor(2, mp_context=context, initializer=begin_worker, initargs=(ready,)) as pool:
-        pool.submit(os.getpid)  # starts both
+        for _ in range(2):
+            pool.submit(os.getpid)  # each starts one
         ready.wait()
         settle(folder, out)
         begun = time.perf_counter()
@@ -196,7 +198,8 @@ def by_mergekit(folder: Path, out: Path, command: Path) -> dict[str, float]:
             (base / file.name).symlink_to(file)
     config = json.loads((folder / "base" / "config.json").read_text())
     (base / "config.json").unlink()
-    (base / "config.json").write_text(json.dumps(config | config["text_config"] | {"model_type": "qwen2_vl"}))
+    num_layers = config["text_config"]["num_hidden_layers"]
+    (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": num_layers}))
     model = {"model": {"model": {"path": str(base)}, "lora": {"path": str(folder / "adapter")}}}
     recipe = folder / "mergekit.yml"
     recipe.write_text(json.dumps({"merge_method": "passthrough", "models": [model], "dtype": "bfloat16"}))
@@ -206,7 +209,7 @@ def by_mergekit(folder: Path, out: Path, command: Path) -> dict[str, float]:
         done = subprocess.run(
             [
                 *(str(command.parent / "python"), "-c", MERGEKIT, str(recipe), str(out / "model")),
-                *("--lora-merge-cache", str(cached), "--no-copy-tokenizer", "--out-shard-size", "500MB"),
+                *("--lora-merge-cache", str(cached), "--no-copy-tokenizer", "--out-shard-size", "500M"),
             ],
             capture_output=True,
             text=True,
