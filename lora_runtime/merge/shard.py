@@ -132,7 +132,7 @@ class _Sink:
         while left:
             left = left[self._out.write(left) :]
         self._written += len(data)
-        if self._written - self._started >= WRITEBACK_BYTES:
+        if self._written - self._started >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
             # Linux begins to write such a range and does not wait: fsync finds little left to do at the end.
             os.posix_fadvise(self._out.fileno(), self._started, self._written - self._started, os.POSIX_FADV_DONTNEED)
             self._started = self._written

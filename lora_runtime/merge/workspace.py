@@ -22,6 +22,7 @@ from fsspec.core import url_to_fs
 
 from lora_runtime.errors import Conflict, StoreUnavailable
 from lora_runtime.store.factory import local_path
+from lora_runtime.store.folder_store import flush
 from lora_runtime.store.object_store import translated
 
 MANIFEST = "manifest.json"
@@ -97,7 +98,7 @@ class FolderWorkspace:
         try:
             yield partial
             with _translated():
-                _flush(partial)
+                flush(partial)
                 partial.replace(place)
         finally:
             partial.unlink(missing_ok=True)
@@ -123,7 +124,7 @@ class FolderWorkspace:
             place.parent.mkdir(parents=True, exist_ok=True)
             partial = place.with_name(f".{unit}.{os.getpid()}.part")
             partial.write_text(json.dumps(record))
-            _flush(partial)
+            flush(partial)
             partial.replace(place)
 
     def published(self) -> dict[str, Any] | None:
@@ -146,15 +147,15 @@ class FolderWorkspace:
             for left in result.rglob(".*.part"):  # of tasks that were killed
                 left.unlink()
             (result / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            _flush(result / MANIFEST)
-            _flush(result)
+            flush(result / MANIFEST)
+            flush(result)
             try:
                 result.rename(self._place)
             except OSError as error:
                 if self._place.exists():
                     raise Conflict(f"'{self._place.name}' exists already; choose another name.") from error
                 raise
-            _flush(self._root)
+            flush(self._root)
 
     def discard(self) -> None:
         shutil.rmtree(self._staged, ignore_errors=True)
@@ -255,11 +256,3 @@ def _translated() -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreUnavailable(f"The folder of merges failed: {error.strerror}.", retry_after_s=5) from error
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -55,8 +55,8 @@ class FolderStore:
                 self.remove(version)
             (folder / MANIFEST).write_bytes(manifest(version))
             for file in folder.iterdir():
-                _flush(file)
-            _flush(folder)
+                flush(file)
+            flush(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             # Renaming onto a folder that holds something fails, which is how writers of one version meet.
             try:
@@ -65,7 +65,7 @@ class FolderStore:
                 if not place.is_dir():
                     raise
                 self.renew(version)
-            _flush(place.parent)
+            flush(place.parent)
         return str(place)
 
     def renew(self, version: str) -> None:
@@ -150,7 +150,7 @@ def _is_sound(place: Path, version: str) -> bool:
         return False
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """To the disk, so that a renamed entry holds its bytes even after a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

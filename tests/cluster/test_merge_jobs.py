@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from lora_runtime.zoo.paths import ADAPTERS
 from serve.config import Settings, load_settings
 from serve.jobs.cluster import ACTOR_NAME, ensure_runner, stop_runner
 from serve.registry.database import Database
@@ -116,6 +120,22 @@ def test_the_owner_may_be_killed_and_done_shards_stay_done(cluster: Cluster, wor
     lines = [line.message for line in merges.log(job.id)]
     assert any("done before" in line for line in lines), lines
     assert ray.get_actor(ACTOR_NAME, namespace="loom") is not None
+
+
+def test_the_command_merges_on_a_cluster_that_is_there(cluster: Cluster, tmp_path: Path):
+    (tmp_path / "recipe.json").write_text(
+        json.dumps({"method": "cat", "inputs": [{"adapter": str(ADAPTERS["shape"])}], "verify": {"probes": False}})
+    )
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "serve.cli", "merge", "recipe.json", "--out", str(tmp_path / "made"),
+            "--address", cluster.address,
+        ],
+        cwd=tmp_path, env={**os.environ, "LOOM_STATE_DIR": str(tmp_path / "state")},
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "made" / "adapter_model.safetensors").is_file(), done.stdout
+    assert ray.get_actor(ACTOR_NAME, namespace="loom") is not None, "the cluster is not ours to take down"
 
 
 def test_the_result_does_not_depend_on_how_many_nodes_there_are(
