@@ -51,7 +51,7 @@ def running(settings: Settings, *, address: str | None = None) -> Iterator[str]:
     finally:
         _drain()
         with suppress(RayError):
-            stop_runner()
+            stop_runner(settings)
         ray_serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
 

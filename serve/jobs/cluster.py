@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from lora_runtime.errors import LoomError, StoreUnavailable
 from serve.config import Settings
 
-ACTOR_NAME, NAMESPACE = "loom-jobs", "loom"
+NAMESPACE = "loom"
 TICK_S = 1.0
 STOP_S = 20.0
 
@@ -77,6 +77,11 @@ class RayTasks:
             "num_returns": "streaming",
         }
 
+    def largest_memory(self) -> float:
+        """Of the cluster's nodes, in bytes, as far as Ray may give it out."""
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        return max((node["Resources"].get("memory", 0.0) for node in nodes if node["Alive"]), default=0.0)
+
     @contextmanager
     def started(self, work: Any, calls: Sequence[Call]) -> Iterator[Iterator[Progress]]:
         """The calls' progress, at least every second, until all are done; whatever ends it, no task goes on.
@@ -131,7 +136,7 @@ def _translated(call: Call, error: BaseException) -> LoomError:
 
 
 class JobsActor:
-    """The owner of all merge tasks of a cluster."""
+    """The owner of all merge tasks of a registry's jobs."""
 
     def __init__(self, settings: dict[str, Any], digest: str) -> None:
         from serve.jobs.runner import Runner
@@ -150,23 +155,28 @@ class JobsActor:
         self._runner.stop()
 
 
+def runner_name(settings: Settings) -> str:
+    """The actor's. Others on the same cluster, with registries of their own, have actors of their own."""
+    return f"loom-jobs-{hashlib.sha256(settings.registry_url.encode()).hexdigest()[:12]}"
+
+
 def ensure_runner(settings: Settings) -> None:
-    """Have the cluster's jobs actor up, with these settings; one with others is replaced, and what it did goes on.
+    """Have the registry's jobs actor up, with these settings; one with others is replaced, and what it did goes on.
 
     Only in a process that is connected to Ray. Raises RayError.
     """
     dumped = settings.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
-    actor = _made(dumped, digest)
+    actor = _made(settings, digest)
     if ray.get(actor.digest.remote()) != digest:
-        stop_runner()
-        ray.get(_made(dumped, digest).digest.remote())
+        stop_runner(settings)
+        ray.get(_made(settings, digest).digest.remote())
 
 
-def stop_runner() -> None:
+def stop_runner(settings: Settings) -> None:
     """End the jobs actor, if there is one; jobs that have not ended wait for the next."""
     try:
-        actor = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
+        actor = ray.get_actor(runner_name(settings), namespace=NAMESPACE)
     except ValueError:
         return
     with suppress(RayError):
@@ -174,10 +184,10 @@ def stop_runner() -> None:
     ray.kill(actor, no_restart=True)
 
 
-def _made(settings: dict[str, Any], digest: str) -> Any:
+def _made(settings: Settings, digest: str) -> Any:
     actor: Any = ray.remote(JobsActor)
     return actor.options(
-        name=ACTOR_NAME,
+        name=runner_name(settings),
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
@@ -185,4 +195,4 @@ def _made(settings: dict[str, Any], digest: str) -> Any:
         max_restarts=-1,
         max_task_retries=-1,
         max_concurrency=4,
-    ).remote(settings, digest)
+    ).remote(settings.model_dump(mode="json"), digest)

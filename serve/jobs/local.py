@@ -77,8 +77,9 @@ def merging_here(
         ensure_runner(settings)
         yield _watched(merges, job)
     finally:
-        if address is None:
-            stop_runner()
+        # A cluster that stays goes on with what has not ended.
+        if address is None or not merges.num_open():
+            stop_runner(settings)
         ray.shutdown()
         database.close()
 

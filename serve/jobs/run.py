@@ -222,6 +222,10 @@ class MergeRun:
         """Those calls that are not recorded as done, all at once; Ray has them wait for room."""
         workspace = self._work.workspace()
         left = {call: record for call, record in calls if not self._work.is_done(workspace.record(record))}
+        needed = max((call.memory_bytes for call in left), default=0)
+        if needed > self._tasks.largest_memory():
+            said = f"No node has the {needed / 1e9:.1f} GB of memory that a task may need; they wait for one."
+            self._merges.say(self._job, said, level="warning")
         with self._tasks.started(self._work, list(left)) as going:
             for progress in going:
                 self._tick()

@@ -56,7 +56,7 @@ class Runner:
                 continue
             try:
                 job = self._merges.claim(self._owner, LEASE_S, other_than=self._threads)
-            except RegistryUnavailable as error:
+            except Exception as error:  # whatever it is, the next look may succeed
                 log.warning("merge jobs cannot be read: %s", error)
                 continue
             if job is not None:

@@ -162,24 +162,26 @@ def merge_one(folder: Path, shard: Path, out: Path) -> tuple[int, int]:
     return os.getpid(), peak_bytes()
 
 
-def import_loom() -> None:
+def import_loom(folder: Path) -> None:
     import torch
 
     import lora_runtime.checkpoint
     import lora_runtime.merge.shard  # noqa: F401
+    from lora_runtime.layout import BaseLayout
 
+    BaseLayout.from_config(folder / "base")  # imports the model's code, as naming its class does for PEFT
     torch.set_num_threads(1)
 
 
-def begin_worker(ready: Any) -> None:
-    import_loom()
+def begin_worker(ready: Any, folder: Path) -> None:
+    import_loom(folder)
     ready.wait()
 
 
 def by_two_processes(folder: Path, out: Path) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(3)
-    with ProcessPoolExecutor(2, mp_context=context, initializer=begin_worker, initargs=(ready,)) as pool:
+    with ProcessPoolExecutor(2, mp_context=context, initializer=begin_worker, initargs=(ready, folder)) as pool:
         for _ in range(2):
             pool.submit(os.getpid)  # each starts one
         ready.wait()
@@ -234,7 +236,7 @@ def run_side(side: str, folder: Path, out: Path, mergekit: Path | None) -> dict[
         begun = time.perf_counter()
         copied(folder, out, hashed=side == "hashed copy")
     elif side == "loom":
-        import_loom()
+        import_loom(folder)
         settle(folder, out)
         begun = time.perf_counter()
         for shard in shards_of(folder):

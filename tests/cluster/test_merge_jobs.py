@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 
 from lora_runtime.zoo.paths import ADAPTERS
 from serve.config import Settings, load_settings
-from serve.jobs.cluster import ACTOR_NAME, ensure_runner, stop_runner
+from serve.jobs.cluster import ensure_runner, runner_name, stop_runner
 from serve.registry.database import Database
 from serve.registry.merges import Merges, MergeState
 from tests.cluster.clusters import NODE, cluster_of
@@ -52,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Path, lis
 def cluster(world: tuple[Settings, Path, list[str]]) -> Iterator[Cluster]:
     with cluster_of(3, head_cpus=0) as started:
         yield started
-        stop_runner()
+        stop_runner(world[0])
 
 
 def recipe(name: str, adapters: list[str], **more: object) -> dict[str, object]:
@@ -119,10 +119,13 @@ def test_the_owner_may_be_killed_and_done_shards_stay_done(cluster: Cluster, wor
     assert hashes(settings, "owned") == hashes(settings, "undisturbed")
     lines = [line.message for line in merges.log(job.id)]
     assert any("done before" in line for line in lines), lines
-    assert ray.get_actor(ACTOR_NAME, namespace="loom") is not None
+    assert ray.get_actor(runner_name(settings), namespace="loom") is not None
 
 
-def test_the_command_merges_on_a_cluster_that_is_there(cluster: Cluster, tmp_path: Path):
+def test_the_command_merges_on_a_cluster_that_is_there(
+    cluster: Cluster, world: tuple[Settings, Path, list[str]], tmp_path: Path
+):
+    ensure_runner(world[0])
     (tmp_path / "recipe.json").write_text(
         json.dumps({"method": "cat", "inputs": [{"adapter": str(ADAPTERS["shape"])}], "verify": {"probes": False}})
     )
@@ -135,7 +138,9 @@ def test_the_command_merges_on_a_cluster_that_is_there(cluster: Cluster, tmp_pat
         capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0 and (tmp_path / "made" / "adapter_model.safetensors").is_file(), done.stdout
-    assert ray.get_actor(ACTOR_NAME, namespace="loom") is not None, "the cluster is not ours to take down"
+    assert ray.get_actor(runner_name(world[0]), namespace="loom") is not None, "what others have there stays"
+    actors = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    assert len([name for name in actors if name.startswith("loom-jobs")]) == 1, actors
 
 
 def test_the_result_does_not_depend_on_how_many_nodes_there_are(
