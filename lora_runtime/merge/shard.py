@@ -146,6 +146,7 @@ class _Tiles:
         self._change = change
         self._norm = change.norm()
         self._exact_MN, self._other_MN = torch.empty(rows, columns), torch.empty(rows, columns)
+        self._changed_MN = np.empty((rows, columns), np.bool_)
         self._delta = self._rounding = 0.0
         self._num_changed = self._num_values = 0
         self._is_finite = True
@@ -162,7 +163,8 @@ class _Tiles:
         self._rounding += lost
         # What is not finite has not lost a finite amount. The other way, squares can be too large where values are not.
         self._is_finite &= math.isfinite(lost) or bool(torch.isfinite(out_MN).all())
-        self._num_changed += int(np.count_nonzero(_bits(own_MN) != _bits(out_MN)))
+        changed_MN = np.not_equal(_bits(own_MN), _bits(out_MN), out=self._changed_MN[: len(own_MN)])
+        self._num_changed += int(np.count_nonzero(changed_MN))
         self._num_values += own_MN.numel()
 
     def report(self) -> TensorReport:
