@@ -47,13 +47,15 @@ def manifest_of(plan: Plan, report: Mapping[str, Any], *, job: str, actor: str, 
 def report_of(
     plan: Plan,
     records: Mapping[str, Mapping[str, Any]],
+    assembly: Mapping[str, Any],
     *,
     probe: Mapping[str, Any] | None,
     warnings: list[str],
     search: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What was measured. ``records``: of the plan's units, by name."""
-    files, tensors, leaves = {}, {}, {}
+    """What was measured. ``records``: of the plan's units, by name; ``assembly``: what was reported of
+    the files beside them."""
+    files, tensors, leaves = dict(assembly["files"]), {}, {}
     for unit in plan.units:
         told = records[unit.name]["report"]
         leaves.update(told.get("leaves", {}))

@@ -26,11 +26,25 @@ from lora_runtime.names import listed
 from lora_runtime.parameters import BaseParameters
 from lora_runtime.weights import AdapterWeights
 
-__all__ = ["ProbeReport", "expected_of", "rounding_warnings", "verify_adapter", "verify_checkpoint"]
+__all__ = ["ProbeReport", "check_adapter", "expected_of", "rounding_warnings", "verify_adapter", "verify_checkpoint"]
 
 SAME, NEAR = 1e-5, 1e-3
 """How far a module may be from what was meant, relative to it, to be the same but for the last bits; and to be the same
 but for what a merge in fp32 drops as rounding: singular values below 2e-3 of the largest, in the largest matrices."""
+
+
+def check_adapter(result: Path, layout: BaseLayout, expected: AdapterWeights) -> tuple[AdapterWeights, list[str]]:
+    """What the PEFT folder ``result`` reads as, and warnings of what its dtype rounds. Needs no model.
+
+    Raises VerificationFailed unless it reads at all, finite and complete, and is ``expected`` leaf by leaf.
+    """
+    try:
+        read = read_adapter(result, layout)
+    except (AdapterRejected, AdapterMissing) as error:
+        raise VerificationFailed(
+            f"The merged adapter cannot be read back: {error.message}", check="read", **error.facts
+        ) from error
+    return read, _compare(expected, read, layout)
 
 
 def verify_adapter(
@@ -43,14 +57,7 @@ def verify_adapter(
     model in ``dtype`` and the adapter. Raises VerificationFailed, with the report among its facts where there is one.
     """
     tolerance = tolerance_of(dtype)
-    layout = BaseLayout.from_config(base_path)
-    try:
-        read = read_adapter(result, layout)
-    except (AdapterRejected, AdapterMissing) as error:
-        raise VerificationFailed(
-            f"The merged adapter cannot be read back: {error.message}", check="read", **error.facts
-        ) from error
-    warnings = _compare(expected, read, layout)
+    read, warnings = check_adapter(result, BaseLayout.from_config(base_path), expected)
     # What is stored in a narrower dtype answers as that, and was found above to be near enough to what was meant.
     reference = _reference(base_path, read if warnings else expected, dtype, as_stored=False)
     model: Any = load_adapted(result, base_path, dtype, expected.heads)

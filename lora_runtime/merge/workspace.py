@@ -42,6 +42,9 @@ class Workspace(Protocol):
     def reading(self, file: str) -> AbstractContextManager[Path]:
         """``file`` as it lies there, on this machine."""
 
+    def remove(self, file: str) -> None:
+        """Take ``file`` out of the result; nothing happens where it is not there."""
+
     def result(self) -> AbstractContextManager[Path]:
         """A folder on this machine with every file of the result."""
 
@@ -106,6 +109,10 @@ class FolderWorkspace:
     @contextmanager
     def reading(self, file: str) -> Iterator[Path]:
         yield self._staged / RESULT / file
+
+    def remove(self, file: str) -> None:
+        with _translated():
+            (self._staged / RESULT / file).unlink(missing_ok=True)
 
     @contextmanager
     def result(self) -> Iterator[Path]:
@@ -191,6 +198,10 @@ class BucketWorkspace:
             with translated():
                 self._fs.get_file(f"{self._place}/{file}", str(folder / file))
             yield folder / file
+
+    def remove(self, file: str) -> None:
+        with translated(), suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._place}/{file}")
 
     @contextmanager
     def result(self) -> Iterator[Path]:

@@ -155,6 +155,9 @@ class MergeRun:
         manifest = workspace.published()
         if manifest is None:
             report = self._report()
+            if plan.recipe.product == "adapter":
+                for unit in plan.units:  # what the adapter was made of
+                    workspace.remove(unit.file)
             manifest = manifest_of(
                 plan, report, job=job.id, actor=job.actor, created_at=datetime.now(UTC).isoformat()
             )
@@ -212,11 +215,13 @@ class MergeRun:
     def _report(self) -> dict[str, Any]:
         workspace = self._work.workspace()
         records = {unit.name: workspace.record(unit.name) or {} for unit in self._plan.units}
+        assembly = (workspace.record(ASSEMBLY) or {})["report"]
         probe = (workspace.record(PROBE) or {}).get("report")
-        warnings = [*self._plan.warnings, *(probe or {}).get("warnings", [])]
-        for record in records.values():
-            warnings += record["report"].get("warnings", [])
-        return report_of(self._plan, records, probe=probe, warnings=warnings, search=self._plan.search)
+        # A probe tells again what the assembly's check did.
+        told = assembly["warnings"] if probe is None else probe["warnings"]
+        found = [warning for record in records.values() for warning in record["report"].get("warnings", [])]
+        warnings = [*self._plan.warnings, *found, *told]
+        return report_of(self._plan, records, assembly, probe=probe, warnings=warnings, search=self._plan.search)
 
     def _run(self, calls: Sequence[tuple[Call, str]]) -> None:
         """Those calls that are not recorded as done, all at once; Ray has them wait for room."""

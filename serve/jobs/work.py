@@ -7,6 +7,7 @@ task yields while it works is how many bytes it has written.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import shutil
@@ -35,7 +36,8 @@ from lora_runtime.merge.job import Unit
 from lora_runtime.merge.parts import read_parts, write_part
 from lora_runtime.merge.planning import Located, Opened, opened
 from lora_runtime.merge.shard import ShardReport, TensorReport, merge_shard
-from lora_runtime.merge.verify import rounding_warnings, verify_adapter, verify_checkpoint
+from lora_runtime.merge.verify import check_adapter, rounding_warnings, verify_adapter, verify_checkpoint
+from lora_runtime.merge.workspace import Workspace
 from lora_runtime.parameters import BaseParameters
 from serve.config import Settings
 from serve.jobs.searching import searched
@@ -182,18 +184,23 @@ def _assembled(work: Work) -> dict[str, Any]:
                 dtype=getattr(torch, plan.recipe.dtype),
                 said=said,
             )
-            for file in sorted(folder.iterdir()):
-                with workspace.writing(file.name) as path:
-                    shutil.copyfile(file, path)
-    return {"files": sorted(FILES)}
+            _, warnings = check_adapter(folder, found.layout, merged.weights)
+            files = {file.name: _put(workspace, file, file.name) for file in sorted(folder.iterdir())}
+    return {"files": files, "warnings": warnings}
 
 
 def _beside(work: Work) -> dict[str, Any]:
     workspace, base = work.workspace(), _open(work).base
-    for name in base.beside:
-        with workspace.writing(name) as path:
-            shutil.copyfile(base.folder / name, path)
-    return {"files": list(base.beside)}
+    return {"files": {name: _put(workspace, base.folder / name, name) for name in base.beside}, "warnings": []}
+
+
+def _put(workspace: Workspace, source: Path, name: str) -> dict[str, Any]:
+    """Copy a file into the result; its hash and size."""
+    with workspace.writing(name) as path:
+        shutil.copyfile(source, path)
+    with open(source, "rb") as opened_file:
+        digest = hashlib.file_digest(opened_file, "sha256").hexdigest()
+        return {"sha256": digest, "bytes": os.fstat(opened_file.fileno()).st_size}
 
 
 def _probed(work: Work) -> dict[str, Any]:

@@ -92,4 +92,4 @@ def followed(
 def hashes(settings: Settings, name: str) -> dict[str, str]:
     """sha256 of each weight file of a checkpoint, as its manifest has it."""
     manifest = json.loads((Path(settings.merges_url) / name / "manifest.json").read_text())
-    return {file: told["sha256"] for file, told in manifest["files"].items()}
+    return {file: told["sha256"] for file, told in manifest["files"].items() if file.endswith(".safetensors")}

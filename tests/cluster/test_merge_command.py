@@ -98,7 +98,12 @@ def test_an_adapter_is_made_in_a_folder_that_peft_loads(tmp_path: Path, state: P
     output = ended(started(tmp_path, state, recipe, "--out", str(tmp_path / "made")))
     assert "Made" in output and "Kept energy" in output and "Verified: KL" in output, output
     PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(BASE), str(tmp_path / "made"))
+    assert {file.name for file in (tmp_path / "made").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "manifest.json",
+    }  # fmt: skip
     manifest = json.loads((tmp_path / "made" / "manifest.json").read_text())
+    for file, told in manifest["files"].items():
+        assert hashlib.sha256((tmp_path / "made" / file).read_bytes()).hexdigest() == told["sha256"]
     assert manifest["inputs"][0]["version"] and manifest["verification"]["probe"]["kl_to_base"] > 0.01
     again = ended(started(tmp_path, state, recipe, "--out", str(tmp_path / "made")))
     assert "'made' exists already" in again

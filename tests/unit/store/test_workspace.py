@@ -32,6 +32,9 @@ def test_a_result_is_there_once_it_is_published(place: Place):
         assert path.read_text() == "one"
     with made.result() as folder:
         assert {"a.safetensors", "config.json"} <= {file.name for file in folder.rglob("*")}
+    write(made, "part", "of it")
+    made.remove("part")
+    made.remove("part")
     made.publish({"job": "me"})
     found = workspace(place, identifier="2" * 32).published()
     assert found is not None and found["job"] == "me" and made.location.startswith(place.url)
