@@ -142,9 +142,9 @@ class FolderWorkspace:
         return found
 
     def free_bytes(self) -> int | None:
+        there = next((folder for folder in (self._root, *self._root.absolute().parents) if folder.exists()), None)
         with _translated():
-            self._root.mkdir(parents=True, exist_ok=True)
-            return shutil.disk_usage(self._root).free
+            return None if there is None else shutil.disk_usage(there).free
 
     def publish(self, manifest: Mapping[str, Any]) -> None:
         result = self._staged / RESULT
