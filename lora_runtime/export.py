@@ -52,6 +52,7 @@ def write_adapter(
     staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         save_file(tensors, staged / TENSORS_NAME, metadata={"format": "pt", **(said or {})})
+        _settle_header(staged / TENSORS_NAME)
         (staged / CONFIG_NAME).write_text(json.dumps(config, indent=2))
         if labels := _labels(weights):
             (staged / MODEL_CONFIG_NAME).write_text(json.dumps({"id2label": labels}, indent=2))
@@ -60,6 +61,18 @@ def write_adapter(
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+
+
+def _settle_header(file: Path) -> None:
+    """Sort the metadata, which safetensors writes in any order: equal adapters are equal files."""
+    with open(file, "r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the same content in another order"
+        opened.seek(8)
+        opened.write(text.ljust(length))
 
 
 def _settled(weights: AdapterWeights, layout: BaseLayout) -> AdapterWeights:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -101,6 +102,20 @@ def test_what_is_written_peft_loads_to_the_same_function(saved: Saved, tmp_path:
     again = read_adapter(tmp_path / "copy", saved.layouts[tie])
     assert differ(dense_logits(BASES[tie], again, INPUTS), saved.logits(tie, name)) < TOLERANCE
     assert [folder.name for folder in tmp_path.iterdir()] == ["copy"], "staging must leave nothing behind"
+
+
+def test_the_same_is_written_as_the_same_bytes(saved: Saved, tmp_path: Path) -> None:
+    """Whatever order safetensors has its metadata in."""
+    written = set()
+    for number in range(12):
+        said = {"loom.merge": '{"quoted": "\u00e9"}', "b": "1", "a": "2"}
+        write_adapter(
+            saved.weights(False, "patterns"), tmp_path / str(number), saved.layouts[False], base_name="tiny", said=said
+        )
+        written.add((tmp_path / str(number) / "adapter_model.safetensors").read_bytes())
+    assert len(written) == 1
+    with safe_open(tmp_path / "0" / "adapter_model.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt", **said}
 
 
 def test_a_folder_that_exists_is_not_written_over(saved: Saved, tmp_path: Path) -> None:
