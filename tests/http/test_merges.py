@@ -104,6 +104,7 @@ def test_a_checkpoint_is_made_of_the_base(http: httpx.Client):
     assert http.get("/v1/checkpoints/other").status_code == 404
 
 
+@pytest.mark.slow
 def test_weights_are_searched_for_on_live_engines(http: httpx.Client, examples_root: Path):
     lines = []
     for task in ("shape", "french"):
