@@ -33,7 +33,7 @@ GB = 1_000_000_000
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Path, list[str]]:
     """A base of more than 1 GB, two adapters, and the settings of a service on it."""
     folder = tmp_path_factory.mktemp("merging")
-    assert build_base(folder / "base", 8, "120MB") > GB
+    assert build_base(folder / "base", 8, "60MB") > GB
     adapters = [
         str(build_adapter(folder / name, folder / "base", seed=seed, norms=seed == 2))
         for seed, name in ((1, "one"), (2, "two"))
