@@ -133,32 +133,32 @@ class _Assembly(Reading):
 
     def places(self) -> frozenset[tuple[str, str]]:
         leaves = self._layout.leaves
-        found = {(leaf, name) for leaf, module in self._saved().items() for name in module.parameters}
-        found |= {(leaf, "weight") for leaf in self._token_rows()}
+        found = {(leaf, name) for leaf, module in self._saved.items() for name in module.parameters}
+        found |= {(leaf, "weight") for leaf in self._token_rows}
         found |= {(leaf, name) for leaf in self._placed.method for name in leaves[leaf].parameters}
-        for leaf, factors in self._lora().items():
+        for leaf, factors in self._lora.items():
             found |= {(leaf, "weight")} if factors.bias is None else {(leaf, "weight"), (leaf, "bias")}
         return frozenset(found)
 
     def heads(self) -> dict[str, Head]:
-        return self._heads()
+        return self._heads
 
     def ranks(self) -> dict[str, int]:
-        return {leaf: factors.rank for leaf, factors in self._lora().items()}
+        return {leaf: factors.rank for leaf, factors in self._lora.items()}
 
     def outline(self) -> AdapterOutline:
         self.check()
-        modules = {*self._saved(), *self._token_rows(), *self._lora(), *self._placed.method}
-        heads = {name: head.cloned() for name, head in self._heads().items()}
+        modules = {*self._saved, *self._token_rows, *self._lora, *self._placed.method}
+        heads = {name: head.cloned() for name, head in self._heads.items()}
         return AdapterOutline(modules=frozenset(modules), heads=heads)
 
     def weights(
         self, version: str, materialiser: Materialiser | None, only: Collection[str] | None = None
     ) -> AdapterWeights:
         def wanted(parts: dict[str, Part]) -> dict[str, Part]:
-            return parts if only is None else {name: part for name, part in parts.items() if name in only}
+            return {name: part for name, part in parts.items() if only is None or name in only}
 
-        saved, rows = wanted(self._saved()), wanted(self._token_rows())
+        saved, rows = wanted(self._saved), wanted(self._token_rows)
         if self._config.method is not None:
             targeted = wanted(self._placed.method)
             saved |= self._materialised(saved, targeted, self._config.method, materialiser)
@@ -166,13 +166,14 @@ class _Assembly(Reading):
             saved[name] = _with_rows(saved[name], rows.pop(name))
         return AdapterWeights(
             version=version,
-            lora=wanted(self._lora()),
+            lora=wanted(self._lora),
             saved=saved,
             token_rows=rows,
-            heads=self._heads() if only is None else {},
+            heads=self._heads if only is None else {},
             method=self.method,
         )
 
+    @cached_property
     def _lora(self) -> dict[str, LoraFactors]:
         placed = self._placed
         lora: dict[str, LoraFactors] = {}
@@ -193,6 +194,7 @@ class _Assembly(Reading):
                 lora[head] = LoraFactors(a=lora[embedding].b.T, b=lora[embedding].a.T, scaling=scaling)
         return lora
 
+    @cached_property
     def _saved(self) -> dict[str, SavedModule]:
         parameters: dict[str, dict[str, Tensor]] = {}
         for (name, parameter), tensor in self._placed.parameters.items():
@@ -240,6 +242,7 @@ class _Assembly(Reading):
             found[name] = self._layer(name).merged(tensors, own)
         return found
 
+    @cached_property
     def _token_rows(self) -> dict[str, TokenRows]:
         rows = {
             name: TokenRows(indices=torch.tensor(indices, dtype=torch.int64), rows=self._placed.tokens[name])
@@ -250,6 +253,7 @@ class _Assembly(Reading):
                 rows[head] = rows[embedding]
         return rows
 
+    @cached_property
     def _heads(self) -> dict[str, Head]:
         found: dict[str, Head] = {}
         labels = read_labels(self._folder)

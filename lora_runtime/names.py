@@ -43,6 +43,12 @@ def canonical(spelled: str) -> str:
     return f"model.language_model.{rest}"
 
 
+def place_of(key: str) -> tuple[str, str]:
+    """The canonical leaf and the parameter that a checkpoint's tensor ``key`` is."""
+    module, _, parameter = key.rpartition(".")
+    return canonical(module), parameter
+
+
 def spellings(name: str) -> tuple[str, ...]:
     """The names under which training code may have known the canonical ``name``, always in this order:
 

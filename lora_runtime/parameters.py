@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lora_runtime.errors import NotFound
-from lora_runtime.names import canonical
+from lora_runtime.names import canonical, place_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -29,21 +29,16 @@ class BaseParameters:
         else:
             raise NotFound("The base's folder holds no safetensors checkpoint; check the path.")
         self._folder = folder
-        self._places = {_canonical_key(key): (folder / file, key) for key, file in listed.items()}
+        self._places = {place_of(key): (folder / file, key) for key, file in listed.items()}
 
     def __call__(self, leaf: str, parameter: str) -> Tensor:
         """Raises NotFound for a tensor that the checkpoint does not hold. A tied head is its embedding."""
-        place = self._places.get(f"{leaf}.{parameter}")
+        place = self._places.get((leaf, parameter))
         if place is None and leaf == "lm_head":
-            place = self._places.get(f"{canonical('embed_tokens')}.{parameter}")
+            place = self._places.get((canonical("embed_tokens"), parameter))
         if place is None:
             raise NotFound(f"The base's checkpoint holds no '{leaf}.{parameter}'.")
         file, key = place
         with safe_open(file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(key)
         return tensor
-
-
-def _canonical_key(key: str) -> str:
-    module, _, parameter = key.rpartition(".")
-    return f"{canonical(module)}.{parameter}"

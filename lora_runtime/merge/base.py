@@ -14,13 +14,16 @@ from safetensors import SafetensorError, safe_open
 from lora_runtime.errors import CheckpointRejected
 from lora_runtime.merge.changes import Place
 from lora_runtime.merge.shard import DTYPES
-from lora_runtime.names import canonical, listed
+from lora_runtime.names import listed, place_of
 from lora_runtime.parameters import INDEX_NAME, SINGLE_NAME
 
 CONFIG_NAME = "config.json"
-TEMPLATES = "additional_chat_templates"
 MAX_INDEX_BYTES = 64 << 20
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".ckpt")
+TEMPLATES = "additional_chat_templates"
+"""The one folder in a checkpoint that transformers reads files from."""
+WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +83,7 @@ class BaseCheckpoint:
                 for file in found
                 if file.is_file()
                 and not file.name.startswith(".")
-                and file.suffix not in (".safetensors", *_PICKLES)
+                and file.suffix not in WEIGHT_SUFFIXES
                 and file.name != "manifest.json"
             )
         )
@@ -127,7 +130,7 @@ class BaseCheckpoint:
             file=file,
             num_bytes=path.stat().st_size,
             header_sha256=hashlib.sha256(header).hexdigest(),
-            places={name: _place(name) for name in names},
+            places={name: place_of(name) for name in names},
             dtypes=dtypes,
         )
 
@@ -140,8 +143,3 @@ class BaseCheckpoint:
         if not isinstance(found, dict):
             raise CheckpointRejected(f"The base's {file} holds no JSON object.", file=file)
         return found
-
-
-def _place(name: str) -> Place:
-    module, _, parameter = name.rpartition(".")
-    return canonical(module), parameter

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -47,14 +48,14 @@ class Inputs:
         """Identity of the result: see :meth:`lora_runtime.merge.recipe.Recipe.version`."""
         return self._recipe.version({name: adapter.version for name, adapter in self._opened.items()})
 
-    @property
+    @cached_property
     def places(self) -> frozenset[Place]:
         """Every parameter that changes. A tied head whose change is its embedding's is not among them: it has no
         tensor of its own, and follows."""
         found = frozenset(place for adapter in self._opened.values() for place in adapter.places)
-        return found - {(head, "weight") for head in self._layout.tied if self._is_tied(head)}
+        return found - {(head, "weight") for head in self._layout.tied if head not in self.torn}
 
-    @property
+    @cached_property
     def torn(self) -> list[str]:
         """Tied heads that are to become other than their embeddings, which a checkpoint of this base cannot hold."""
         return [head for head in self._layout.tied if not self._is_tied(head)]

@@ -16,14 +16,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_runtime.errors import VerificationFailed
+from lora_runtime.merge.base import TEMPLATES, WEIGHT_SUFFIXES
 from lora_runtime.names import listed, shown
 from lora_runtime.weights import Head
 
-WEIGHT_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
-)
-TEMPLATES = "additional_chat_templates"
-"""The one folder in a checkpoint that transformers reads files from."""
 OWN = frozenset({"README.md", "manifest.json"})
 """Where a checkpoint says what it is: a merge says something else than its base."""
 ADAPTER_NAME = "default"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ray
 
-from lora_runtime.errors import AdapterMissing, Conflict, LoomError
+from lora_runtime.errors import Conflict, LoomError
 from lora_runtime.folder import fingerprint
 from lora_runtime.merge.job import JobRecipe, Plan, refused
 from serve.catalog import registered_of
@@ -44,7 +44,7 @@ def plan_here(recipe: JobRecipe, settings: Settings, target: Path | None) -> Pla
             continue
         try:
             version = fingerprint(path)
-        except (AdapterMissing, LoomError) as error:
+        except LoomError as error:
             problems.append(f"'{said.adapter}': {error.message}")
             continue
         folders.append(Named(adapter=said.adapter, version=version, location=str(path.absolute())))

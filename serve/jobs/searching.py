@@ -13,12 +13,13 @@ from lora_runtime.engine.factory import create_engine
 from lora_runtime.engine.protocol import AdapterRef
 from lora_runtime.merge.evaluating import Generate, batched, engine_evaluator
 from lora_runtime.merge.examples import read_examples
-from lora_runtime.merge.search import Search, Trial, search
+from lora_runtime.merge.search import Trial, search
+from serve.app import APP_NAME
 from serve.config import Settings
 from serve.engine_client import HandleClient
 from serve.jobs.workload import Work
 
-APP_NAME, ENGINE, INTAKE = "loom", "Engine", "Intake"
+ENGINE, INTAKE = "Engine", "Intake"
 
 
 async def searched(work: Work, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -34,7 +35,7 @@ async def searched(work: Work, tell: Callable[[dict[str, Any]], None]) -> dict[s
         tell(trial.model_dump())
 
     examples = read_examples(Path(spec.examples), metric=spec.metric)
-    async with _engine(work, spec) as generate:
+    async with _engine(work) as generate:
         evaluate = engine_evaluator(generate, refs, max_tokens=spec.max_tokens, at_once=spec.at_once)
         known = [Trial.model_validate(trial) for trial in work.known]
         result = await search(spec, list(refs), examples, evaluate, on_trial, known=known)
@@ -42,7 +43,7 @@ async def searched(work: Work, tell: Callable[[dict[str, Any]], None]) -> dict[s
 
 
 @asynccontextmanager
-async def _engine(work: Work, spec: Search) -> AsyncIterator[Generate]:
+async def _engine(work: Work) -> AsyncIterator[Generate]:
     if _is_served():
         handles = [ray_serve.get_deployment_handle(name, APP_NAME) for name in (ENGINE, INTAKE)]
         yield HandleClient(*handles).generate
