@@ -19,7 +19,7 @@ class EmbeddedConfig:
     ``image_cache_bytes``: encoded images kept on the device.
     ``max_waiting``: requests queued beyond those that run, before new ones are refused.
     ``max_image_pixels`` bounds an image before it is decoded, ``max_images`` those of a request.
-    ``num_threads``: torch's threads on the CPU (None: torch's own choice).
+    ``num_threads``: what a step computes with on the CPU (None: ``OMP_NUM_THREADS``, else torch's own choice).
     ``prepack``: on the CPU, keep linear weights a second time in the layout it multiplies fastest with
     (more than twice the speed, twice the memory of those weights).
     """

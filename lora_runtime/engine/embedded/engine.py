@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
-import torch
-
+from lora_runtime.engine import threads
 from lora_runtime.engine.embedded.config import EmbeddedConfig
 from lora_runtime.engine.embedded.host import HostCache
 from lora_runtime.engine.embedded.loop import StepLoop
@@ -45,10 +44,8 @@ class EmbeddedEngine:
 
     def __init__(self, config: EmbeddedConfig) -> None:
         """Loads the base. Raises EngineFault for a base it cannot serve."""
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         self._config = config
-        self._runner = ModelRunner(config)
+        self._runner = threads.with_a_passing_team(lambda: ModelRunner(config))
         images = ImageProcessor(config.base_path, max_pixels=config.max_image_pixels)
         self._prompts = PromptProcessor(
             config.base_path,
@@ -56,7 +53,9 @@ class EmbeddedEngine:
             max_images=config.max_images,
             rope_index=self._runner.model.model.get_rope_index,
         )
-        self._executor = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="loom-prepare")
+        self._executor = ThreadPoolExecutor(
+            PREPARE_THREADS, thread_name_prefix="loom-prepare", initializer=threads.compute_alone
+        )
         self._counters: Counter[str] = Counter()
         self._reader = AdapterReader(self._runner.layout, config.base_path, config.max_materialised_bytes)
         self._host = HostCache(self._reader, self._executor, config.host_cache_bytes, self._count_load)
@@ -66,6 +65,7 @@ class EmbeddedEngine:
             max_batched_tokens=config.max_batched_tokens,
             max_slots=config.max_slots,
             image_cache_bytes=config.image_cache_bytes,
+            num_threads=config.num_threads or threads.available(),
         )
         self._admitted = Admission(config.max_waiting + config.max_batch_size)
         self._is_started = False

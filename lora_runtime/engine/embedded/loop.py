@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lora_runtime.engine import threads
 from lora_runtime.engine.embedded.batch import Batch, StepPlan
 from lora_runtime.engine.embedded.encodings import ImageCache
 from lora_runtime.engine.embedded.runner import ModelRunner
@@ -51,6 +52,7 @@ class StepLoop:
         max_batched_tokens: int,
         max_slots: int,
         image_cache_bytes: int,
+        num_threads: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = SlotTable(max_slots)
@@ -59,6 +61,7 @@ class StepLoop:
         self._token_text = token_text
         self._batch: Batch[Sequence] = Batch(max_batched_tokens)
         self._images = ImageCache(image_cache_bytes)
+        self._num_threads = num_threads
         self._clock = clock
         self._waiting: deque[Job] = deque()
         self._live: set[Job] = set()
@@ -128,6 +131,7 @@ class StepLoop:
             self._wake.notify()
 
     def _run(self) -> None:
+        threads.compute_with(self._num_threads)
         while self._collect():
             self._expire()
             self._admit()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lora_runtime.checkpoint import AdapterOutline
+from lora_runtime.engine import threads
 from lora_runtime.engine.entry import AdapterReader, Admission, room_for
 from lora_runtime.engine.heads import select_head
 from lora_runtime.engine.images import ImageProcessor
@@ -69,7 +70,9 @@ class VllmEngine:
         )
         self._images = images
         self._token_text = TokenText(self._prompts.tokenizer)
-        self._executor = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="loom-prepare")
+        self._executor = ThreadPoolExecutor(
+            PREPARE_THREADS, thread_name_prefix="loom-prepare", initializer=threads.compute_alone
+        )
         self._known: dict[str, AdapterOutline] = {}
         self._residency = Residency(config.max_slots, self._fill)
         self._next_id = itertools.count(1)

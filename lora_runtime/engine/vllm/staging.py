@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from lora_runtime.engine import threads
 from lora_runtime.engine.vllm.fusion import LeafParts
 from lora_runtime.weights import Head
 
@@ -35,7 +36,7 @@ class Staging:
 
     def __init__(self, prepare: Prepare) -> None:
         self._prepare = prepare
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loom-stage")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loom-stage", initializer=threads.compute_alone)
         self._pending: dict[str, Future[Staged]] = {}
 
     def take(self, path: str, version: str) -> Staged | None:
