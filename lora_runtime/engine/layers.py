@@ -39,9 +39,11 @@ class SlotLayer(nn.Module):
         self._shift: dict[int, Tensor] = {}
         self._widths: tuple[int, ...] | None = None
         self._form: tuple[Routing, low_rank.Form] | None = None
+        self._low_rank_alone: Routing | None = None
+        """The last one that nothing else than low-rank factors acts in."""
         self._laid_out: dict[tuple[low_rank.Name, tuple[int, ...]], tuple[Tensor, ...]] = {}
         self._owners = self._low_rank_owners = self._saved_owners = frozenset[int]()
-        self._rows_owners = self._shift_owners = frozenset[int]()
+        self._rows_owners = self._shift_owners = self._beyond_low_rank = frozenset[int]()
 
     @property
     def weight(self) -> Tensor:
@@ -116,8 +118,9 @@ class SlotLayer(nn.Module):
         self._saved_owners = frozenset(self._saved)
         self._rows_owners = frozenset(self._rows)
         self._shift_owners = frozenset(self._shift)
-        self._owners = self._low_rank_owners | self._saved_owners | self._rows_owners | self._shift_owners
-        self._form = None
+        self._beyond_low_rank = self._saved_owners | self._rows_owners | self._shift_owners
+        self._owners = self._low_rank_owners | self._beyond_low_rank
+        self._form = self._low_rank_alone = None
         self._laid_out.clear()
 
     def current_routing(self) -> Routing | None:
@@ -184,8 +187,14 @@ class SlotLinear(SlotLayer):
         if routing is None:
             return self.own(x)
         flat = x.reshape(-1, x.shape[-1])
+        if routing is self._low_rank_alone and self._form is not None:
+            y = self.own(flat)
+            self._form[1].add(y, flat)
+            return y.reshape(*x.shape[:-1], -1)
         y = self._full(flat, routing)
         self._add_low_rank(y, flat, routing)
+        if not routing.active(self._beyond_low_rank):
+            self._low_rank_alone = routing
         for slot in routing.active(self._rows_owners):
             group, rows = routing.group(slot), self._rows[slot]
             shares = ops.scaled(nn.functional.linear(flat[group.index], rows.delta[:-1]), group)

@@ -1,12 +1,13 @@
 """y[t] += Σ_s w[t,s] · (x[t] · A_sᵀ) · B_s, in three forms that give the same and differ in cost.
 
 Shape legend: T tokens, I in features, O out features, R rank, S slots in play, C tokens of the busiest slot,
-P outputs that a fused leaf is made of (q, k and v in one; mostly 1), W the width of one of them.
+P outputs that a fused leaf is made of (q, k and v in one; mostly 1), N pieces of W outputs each that they are cut into.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -17,6 +18,8 @@ from torch.nn.functional import linear
 from lora_runtime.engine.routing import BySlotRows, Routing
 
 Name = Literal["dense", "by_run", "by_slot"]
+MAX_PIECES = 64
+"""Beyond it, widths have no divisor to speak of in common."""
 
 
 class Factors(NamedTuple):
@@ -69,24 +72,32 @@ class ByRun:
                     y[start:stop].addmm_(linear(x[start:stop], member.a), member.b, alpha=weight)
 
 
-class Block(NamedTuple):
-    """One of a fused leaf's outputs: its ranks, its columns of y, and ``b`` (S, R, W)."""
+class Pieces(NamedTuple):
+    """A fused leaf's outputs, cut into pieces of equal width so that one batched product makes them all.
 
-    ranks: slice
-    columns: slice
-    b: Tensor
+    ``part``: of each piece (N,), which of the P it belongs to, int64; parts without factors have none. ``place``:
+    where each stands among all pieces of the leaf (N,), int64. ``width`` W. ``is_whole``: no part is left out.
+    ``is_plain``: each part is one piece.
+    """
+
+    part: Tensor
+    place: Tensor
+    width: int
+    is_whole: bool
+    is_plain: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BySlot:
-    """One batched product over slots, each with its own tokens, padded to the busiest.
+    """Two batched products over slots, each with its own tokens, padded to the busiest.
 
     Each factor is read once and no token pays for another's rank: best where many slots have few tokens each,
-    as in decoding. ``a`` (S, R, I).
+    as in decoding. ``a`` (S, PR, I) of the parts that have factors, ``b`` (SN, R, W).
     """
 
     a: Tensor
-    blocks: tuple[Block, ...]
+    b: Tensor
+    pieces: Pieces
     rows: BySlotRows
 
     def add(self, y: Tensor, x: Tensor) -> None:
@@ -95,16 +106,28 @@ class BySlot:
         hidden = torch.bmm(chosen.reshape(num_slots, count, -1), self.a.transpose(1, 2))
         if not self.rows.is_plain:
             hidden *= self.rows.weight
-        is_whole = len(self.blocks) == 1 and self.blocks[0].b.shape[2] == y.shape[1]
-        if self.rows.is_identity and is_whole and y.is_contiguous():
-            y.view(num_slots, count, -1).baddbmm_(hidden, self.blocks[0].b)
-            return
-        for block in self.blocks:
-            part = torch.bmm(hidden[:, :, block.ranks], block.b).view(num_slots * count, -1)
-            if self.rows.is_identity:
-                y[:, block.columns] += part
-            else:
-                y[:, block.columns].index_add_(0, self.rows.tokens, part)
+        rank, width = self.b.shape[1:]
+        if count == 1:
+            spread = hidden.view(num_slots, -1, rank)
+            if not self.pieces.is_plain:
+                spread = spread.index_select(1, self.pieces.part)
+            if self.rows.is_identity and self.pieces.is_whole and y.is_contiguous():
+                y.view(-1, 1, width).baddbmm_(spread.reshape(-1, 1, rank), self.b)
+                return
+        else:
+            spread = hidden.view(num_slots, count, -1, rank).transpose(1, 2)
+            if not self.pieces.is_plain:
+                spread = spread.index_select(1, self.pieces.part)
+        made = torch.bmm(spread.reshape(-1, count, rank), self.b)
+        # (SN, C, W) to rows of tokens, (SC, N, W).
+        made = made.view(num_slots, -1, count, width).transpose(1, 2).flatten(0, 1)
+        if not self.pieces.is_whole:
+            whole = made.new_zeros(num_slots * count, y.shape[1] // width, width)
+            made = whole.index_copy_(1, self.pieces.place, made)
+        if self.rows.is_identity:
+            y += made.flatten(1)
+        else:
+            y.index_add_(0, self.rows.tokens, made.flatten(1))
 
 
 def cheapest(
@@ -114,14 +137,15 @@ def cheapest(
     ranks = tuple(sum(factors[slot].ranks) for slot in slots)
     width = factors[slots[0]].a.shape[1] + sum(widths)
     token_ranks, num_parts = routing.low_rank_work(slots, ranks)
-    highest = [max(factors[slot].ranks[part] for slot in slots) for part in range(len(widths))]
-    in_features = factors[slots[0]].a.shape[1]
-    per_row = sum(rank * (in_features + out) for rank, out in zip(highest, widths, strict=True))
     cost: dict[Name, float] = {
         "dense": routing.num_tokens * sum(ranks) * width + 3 * launch,
         "by_run": token_ranks * width + 2 * num_parts * launch,
-        "by_slot": routing.by_slot(slots).tokens.numel() * per_row + (3 + 2 * len(widths)) * launch,
     }
+    if sum(widths) <= MAX_PIECES * math.gcd(*widths):
+        highest = _highest(factors, slots)
+        used = [out for rank, out in zip(highest, widths, strict=True) if rank]
+        per_row = max(highest) * (len(used) * factors[slots[0]].a.shape[1] + sum(used))
+        cost["by_slot"] = routing.by_slot(slots).tokens.numel() * per_row + 5 * launch
     return min(cost, key=cost.__getitem__)
 
 
@@ -145,12 +169,8 @@ def make(
     if name == "dense":
         a, b = kept[key]
         return Dense(a, b, routing.mask(slots, tuple(factors[slot].a.shape[0] for slot in slots)))
-    a, *parts = kept[key]
-    blocks, rank, column = [], 0, 0
-    for b, width in zip(parts, widths, strict=True):
-        blocks.append(Block(slice(rank, rank + b.shape[1]), slice(column, column + width), b))
-        rank, column = rank + b.shape[1], column + width
-    return BySlot(a, tuple(block for block in blocks if block.b.shape[1]), rows)
+    a, b = kept[key]
+    return BySlot(a, b, _pieces(_highest(factors, slots), widths, a.device), rows)
 
 
 def _side_by_side(factors: Mapping[int, Factors], slots: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -160,18 +180,43 @@ def _side_by_side(factors: Mapping[int, Factors], slots: tuple[int, ...]) -> tup
     return torch.cat([member.a for member in members]), torch.cat([member.b for member in members])
 
 
+def _highest(factors: Mapping[int, Factors], slots: Sequence[int]) -> tuple[int, ...]:
+    """Of each of the leaf's outputs the highest rank."""
+    return tuple(map(max, zip(*(factors[slot].ranks for slot in slots), strict=True)))
+
+
+def _pieces(highest: Sequence[int], widths: Sequence[int], device: torch.device) -> Pieces:
+    width = math.gcd(*widths)
+    owner = [part for part, out in enumerate(widths) for _ in range(out // width)]
+    used = [part for part, rank in enumerate(highest) if rank]
+    place = [place for place, part in enumerate(owner) if part in used]
+    part = [used.index(owner[here]) for here in place]
+    return Pieces(
+        part=torch.tensor(part, device=device),
+        place=torch.tensor(place, device=device),
+        width=width,
+        is_whole=len(place) == len(owner),
+        is_plain=len(part) == len(used),
+    )
+
+
 def _stacked(factors: Mapping[int, Factors], slots: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """A (S, ΣR, I), then B (S, R, W) of each output; lower ranks are padded with zeros."""
+    """A and B as :class:`BySlot` has them; lower ranks are padded with zeros."""
     members = [factors[slot] for slot in slots]
-    highest = [max(member.ranks[part] for member in members) for part in range(len(widths))]
+    highest = _highest(factors, slots)
+    rank, piece = max(highest), math.gcd(*widths)
     like = members[0].a
-    a = like.new_zeros(len(slots), sum(highest), like.shape[1])
-    parts = [like.new_zeros(len(slots), rank, width) for rank, width in zip(highest, widths, strict=True)]
+    used = [part for part, own in enumerate(highest) if own]
+    a = like.new_zeros(len(slots), len(used), rank, like.shape[1])
+    b = like.new_zeros(len(slots), sum(widths[part] for part in used) // piece, rank, piece)
     for place, member in enumerate(members):
-        source = target = column = 0
+        source = column = target = 0
         for part, width in enumerate(widths):
-            rank = member.ranks[part]
-            a[place, target : target + rank] = member.a[source : source + rank]
-            parts[part][place, :rank] = member.b[source : source + rank, column : column + width]
-            source, target, column = source + rank, target + highest[part], column + width
-    return a, *parts
+            own = member.ranks[part]
+            if part in used:
+                a[place, used.index(part), :own] = member.a[source : source + own]
+                cut = member.b[source : source + own, column : column + width].reshape(own, width // piece, piece)
+                b[place, target : target + cut.shape[1], :own] = cut.transpose(0, 1)
+                target += cut.shape[1]
+            source, column = source + own, column + width
+    return a.flatten(1, 2), b.flatten(0, 1)

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import itertools
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
@@ -36,7 +35,7 @@ from lora_runtime.engine.protocol import (
 )
 from lora_runtime.engine.routing import Signature
 from lora_runtime.engine.text import TokenText
-from lora_runtime.engine.vllm import names
+from lora_runtime.engine.vllm import names, startup
 from lora_runtime.engine.vllm.binding import Binding
 from lora_runtime.engine.vllm.config import VllmConfig
 from lora_runtime.engine.vllm.probe import prove
@@ -110,45 +109,12 @@ class VllmEngine:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _start(self) -> None:
-        config = self._config
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, math.ceil(config.kv_cache_bytes / 2**30))))
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        arguments = names.AsyncEngineArgs(
-            model=config.base_path,
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_batch_size,
-            max_num_batched_tokens=config.max_batched_tokens,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            enable_prefix_caching=config.prefix_caching,
-            tensor_parallel_size=config.tensor_parallel_size,
-            seed=config.seed,
-            # vLLM's own limit of adapters a batch: here an id is a target, and needs no memory.
-            enable_lora=True,
-            max_loras=config.max_batch_size,
-            max_lora_rank=8,
-            # Slots change between steps, so no step may be under way while another is prepared.
-            async_scheduling=False,
-            # A graph would freeze which rows a saved module acts on.
-            enforce_eager=True,
-            max_logprobs=-1,
-            limit_mm_per_prompt={"image": config.max_images, "video": 0},
-            mm_processor_cache_gb=0,
-            # Patches come normalised, from the same preprocessing as the embedded engine's.
-            mm_device_do_normalize=False,
-            worker_extension_cls="lora_runtime.engine.vllm.worker.SlotWorker",
-            additional_config={"loom": {"base_path": config.base_path, "saved_bytes": config.saved_bytes}},
-            disable_log_stats=True,
-            **config.extra,
-        )
-        from lora_runtime.engine.vllm.plugin import register
-
-        register()
-        engine: Any = await asyncio.to_thread(names.AsyncLLM.from_engine_args, arguments)
+        engine = await asyncio.to_thread(startup.start, self._config)
         try:
-            wrong = [message for message in await engine.collective_rpc("loom_check") if message is not None]
-            if wrong:
-                raise EngineFault(wrong[0])
+            for step in ("loom_check", "loom_compile"):
+                wrong = [message for message in await engine.collective_rpc(step) if message is not None]
+                if wrong:
+                    raise EngineFault(wrong[0])
             await prove(engine, self._layout, slot=0)
         except BaseException:
             await asyncio.to_thread(engine.shutdown)

@@ -9,7 +9,8 @@ Rows that a step pads beyond its tokens are base rows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -63,6 +64,19 @@ class WrappedLeaf:
         self.layer.clear(slot)
         if not self.layer.owners:
             vars(self._owner).pop(self._attribute, None)
+
+    @contextmanager
+    def standing_in(self, replacement: Any | None) -> Iterator[None]:
+        """``replacement`` takes the module's place meanwhile; the module itself does if None."""
+        before = vars(self._owner).pop(self._attribute, None)
+        if replacement is not None:
+            setattr(self._owner, self._attribute, replacement)
+        try:
+            yield
+        finally:
+            vars(self._owner).pop(self._attribute, None)
+            if before is not None:
+                setattr(self._owner, self._attribute, before)
 
 
 def wrap_leaves(model: nn.Module, layout: BaseLayout, router: Router) -> dict[str, WrappedLeaf]:
@@ -163,7 +177,7 @@ class _Wrapping:
         if isinstance(module, nn.LayerNorm | Conv3dLayer):
             slot_class = SlotNorm if isinstance(module, nn.LayerNorm) else SlotConv
             layer = slot_class(_detached(module), space, self._router)
-            return WrappedLeaf(layer, leaf, module, "forward", lambda x: _routed(layer, x))
+            return WrappedLeaf(layer, leaf, module, "forward", lambda x: routed(layer, x))
         return None
 
     def _linear(self, module: Any, leaf: FusedLeaf) -> WrappedLeaf:
@@ -174,7 +188,7 @@ class _Wrapping:
         )
         if len(leaf.widths) > 1:
             layer.set_widths(leaf.widths)
-        return WrappedLeaf(layer, leaf, method, "apply", lambda _, x, bias=None: _routed(layer, x))
+        return WrappedLeaf(layer, leaf, method, "apply", lambda _, x, bias=None: routed(layer, x))
 
     def _table(self, module: Any, leaf: FusedLeaf) -> WrappedLeaf:
         method = self._own_method(module)
@@ -182,7 +196,7 @@ class _Wrapping:
         # A kernel for sharded vocabularies that would go past the method.
         module.use_fused_embedding = False
         layer = VllmEmbedding(module, space_of(leaf.parts[0]), self._router, lambda ids: look_up(module, ids))
-        return WrappedLeaf(layer, leaf, method, "embedding", lambda _, ids: _routed(layer, ids))
+        return WrappedLeaf(layer, leaf, method, "embedding", lambda _, ids: routed(layer, ids))
 
     def _own_method(self, module: Any) -> Any:
         """The ``quant_method`` of ``module`` alone. A tied head is the same module as its embedding."""
@@ -196,7 +210,7 @@ def _detached(module: nn.Module) -> nn.Module:
     return copy.copy(module)
 
 
-def _routed(layer: SlotLayer, x: Tensor) -> Tensor:
+def routed(layer: SlotLayer, x: Tensor) -> Tensor:
     """``layer`` on the step's rows and the base on what is padded behind them. Raises EngineFault on fewer rows."""
     routing = layer.current_routing()
     if routing is None or routing.num_tokens == x.shape[0]:
@@ -243,15 +257,16 @@ class VllmNorm(SlotNorm):
         if self.current_routing() is None:
             return self.base(x, residual)
         if residual is None:
-            return _routed_norm(self, x)
+            return self.normed(x)
         total = x + residual
-        return _routed_norm(self, total), total
+        return self.normed(total), total
 
-
-def _routed_norm(layer: VllmNorm, x: Tensor) -> Tensor:
-    routing = layer.current_routing()
-    assert routing is not None
-    rows = SlotNorm.forward(layer, x[: routing.num_tokens])
-    if x.shape[0] == routing.num_tokens:
-        return rows
-    return torch.cat([rows, layer.own(x[routing.num_tokens :])])
+    def normed(self, x: Tensor) -> Tensor:
+        """The norm of ``x`` (T, D), in memory of its own; the base's on what is padded behind the step's rows."""
+        routing = self.current_routing()
+        if routing is None:
+            return self.own(x)
+        rows = super().forward(x[: routing.num_tokens])
+        if x.shape[0] == routing.num_tokens:
+            return rows
+        return torch.cat([rows, self.own(x[routing.num_tokens :])])

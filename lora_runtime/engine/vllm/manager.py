@@ -7,7 +7,7 @@ loads, evicts or touches a file in a step; slots are filled between steps by :mo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +22,7 @@ from lora_runtime.checkpoint import fingerprint
 from lora_runtime.engine.entry import AdapterReader
 from lora_runtime.engine.routing import Router, Routing, Space
 from lora_runtime.engine.vllm.binding import SCHEME, Binding
+from lora_runtime.engine.vllm.compiled import CompiledDecoder
 from lora_runtime.engine.vllm.contract import check_contract
 from lora_runtime.engine.vllm.fusion import LeafParts, fused
 from lora_runtime.engine.vllm.heads import HeadLogits
@@ -37,6 +38,9 @@ from lora_runtime.weights import AdapterWeights, Head
 BASE = Binding(signature=())
 FILL_S = 0.005
 """How long a step may wait for a slot that is being filled, but for one leaf more."""
+
+DECODER = "language_model.model"
+"""What of vLLM's model is compiled: all that runs for each token but the vocabulary's head."""
 
 Progress = Literal["reading", "filling", "done"]
 
@@ -57,6 +61,8 @@ class SlotManager:
         options = vllm_config.additional_config["loom"]
         self._base_path: str = options["base_path"]
         self._budget: int = options["saved_bytes"]
+        self._is_compiled: bool = options["compile"]
+        self._decoder: CompiledDecoder | None = None
         self._dtype: torch.dtype = vllm_config.model_config.dtype
         self._device = device
         self._router = Router()
@@ -78,7 +84,15 @@ class SlotManager:
         self._leaves = wrap_leaves(model, self._layout, self._router)
         self._heads = HeadLogits(model)
         self._model = model
+        if self._is_compiled:
+            inside = {name: leaf for name, leaf in self._leaves.items() if name.startswith(f"{DECODER}.")}
+            self._decoder = CompiledDecoder(model.get_submodule(DECODER), inside, self._router)
         return model
+
+    def compile(self, run: Callable[[], None]) -> None:
+        """Compile the language model where that was asked for; ``run`` must run it once on several rows."""
+        if self._decoder is not None:
+            self._decoder.compile(run)
 
     def check(self) -> int:
         """Prove the leaves against dense weights; see :mod:`.contract`. Returns how many, raises EngineFault."""

@@ -22,9 +22,13 @@ from vllm.multimodal.inputs import (
     MultiModalKwargsItems,
     PlaceholderRange,
 )
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.utils.cpu_resource_utils import get_visible_memory_node
+from vllm.utils.torch_utils import available_cpu_count
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.worker import lora_model_runner_mixin
 
 from lora_runtime.errors import EngineFault
@@ -46,10 +50,14 @@ __all__ = [
     "RequestOutputKind",
     "RowParallelLinear",
     "SamplingParams",
+    "UniProcExecutor",
     "VocabParallelEmbedding",
+    "available_cpu_count",
     "check_version",
+    "is_cpu",
     "lora_model_runner_mixin",
     "mm_input",
+    "num_memory_nodes",
     "tokens_input",
 ]
 
@@ -64,3 +72,13 @@ def check_version(found: str | None = None) -> None:
             f"vLLM {version} is installed, but Loom's vLLM engine knows the internals of 0.32 and 0.33 only. "
             "Install one of those, or set engine.kind to 'embedded'."
         )
+
+
+def is_cpu() -> bool:
+    """Whether vLLM computes on a CPU here."""
+    return bool(current_platform.is_cpu())
+
+
+def num_memory_nodes() -> int:
+    """NUMA nodes whose memory this process may use."""
+    return len(get_visible_memory_node())

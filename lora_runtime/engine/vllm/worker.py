@@ -10,6 +10,9 @@ from lora_runtime.errors import LoomError
 
 log = logging.getLogger(__name__)
 
+NUM_ROWS_COMPILED = 4
+"""Any number but 0 and 1, which compilers take for constants."""
+
 
 class SlotWorker:
     """Mixed into vLLM's worker class; every name begins with ``loom_`` to clash with none of its own."""
@@ -22,6 +25,18 @@ class SlotWorker:
             self._loom_manager().check()
         except LoomError as error:
             return error.message
+        return None
+
+    def loom_compile(self) -> str | None:
+        """Compile the language model where that was asked for; returns None, or why it could not be."""
+        try:
+            self._loom_manager().compile(lambda: self.model_runner._dummy_run(NUM_ROWS_COMPILED))
+        except Exception as error:  # whatever a compiler or its absence raises, the engine says and does not start
+            log.exception("the language model could not be compiled")
+            return (
+                f"The language model could not be compiled ({type(error).__name__}; the log has more). It takes a C++ "
+                "compiler; without one set compile to false."
+            )
         return None
 
     def loom_fill(self, slot: int, path: str, version: str) -> tuple[Progress, str | None]:

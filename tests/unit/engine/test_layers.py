@@ -90,7 +90,10 @@ def check(layer: SlotLayer, parts: dict[int, tuple], step: list[tuple[Signature,
         layer.fill(slot, lora, saved, rows)
     layer._router.set(text=routing(step))
     with torch.no_grad():
-        got, want = layer(x), one_by_one(base, parts, step, x)
+        want = one_by_one(base, parts, step, x)
+        # Steps that are routed alike may take a shorter way from the second on.
+        layer(x)
+        got = layer(x)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -221,10 +224,11 @@ def test_names_tell_the_space_of_their_rows():
 @settings(max_examples=60, deadline=None)
 @given(step=steps(), seed=st.integers(0, 1000))
 @example(step=[(((3, 1.0),), 1)], seed=263)  # factors for one of the outputs only
+@example(step=[(((0, 1.0),), 3)], seed=4)  # one slot, some tokens, every output
 def test_fused_leaves_equal_their_parts(form, step, seed):
     """Three outputs in one leaf; each slot has factors for some of them, of its own ranks."""
     generator = torch.Generator().manual_seed(seed)
-    widths = (4, 2, 3)
+    widths = (4, 2, 6)
     base = nn.Linear(6, sum(widths))
     layer = SlotLinear(base, "text", Router())
     layer.set_widths(widths)
@@ -247,7 +251,10 @@ def test_fused_leaves_equal_their_parts(form, step, seed):
     layer._router.set(text=routing(step))
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(low_rank, "cheapest", lambda *_: form)
-        torch.testing.assert_close(layer(x), one_by_one(base, parts, step, x), rtol=1e-4, atol=1e-4)
+        expected = one_by_one(base, parts, step, x)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        # The second step that is routed alike takes the short way, and rows may lie apart in memory.
+        torch.testing.assert_close(layer(x.T.contiguous().T), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_cheapest_form_is_chosen_by_cost():

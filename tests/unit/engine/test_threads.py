@@ -12,13 +12,17 @@ import pytest
 from lora_runtime.engine import threads
 
 COUNTS = """
-import os, torch
+import os, time, torch
 from lora_runtime.engine import threads
 num_tasks = lambda: len(os.listdir("/proc/self/task"))
 work = lambda: (torch.randn(512, 512) @ torch.randn(512, 512), num_tasks())[1]
 threads.compute_with(4)
 before = num_tasks()
-print(before, threads.with_a_passing_team(work), num_tasks())
+during = threads.with_a_passing_team(work)
+end = time.monotonic() + 30
+while num_tasks() > before and time.monotonic() < end:
+    time.sleep(0.01)  # workers go by themselves once their thread has gone
+print(before, during, num_tasks())
 """
 
 

@@ -14,6 +14,7 @@ from lora_runtime.engine.vllm.config import VllmConfig
         ({"extra": {"enable_lora": False, "seed": 1}}, "enable_lora, seed"),
         ({"extra": {"pipeline_parallel_size": 2}}, "stages"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
+        ({"tensor_parallel_size": 2, "compile": True}, "compile"),
         ({"max_slots": 0}, "max_slots"),
     ],
 )
