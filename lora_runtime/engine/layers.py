@@ -187,21 +187,31 @@ class SlotLinear(SlotLayer):
         if routing is None:
             return self.own(x)
         flat = x.reshape(-1, x.shape[-1])
-        if routing is self._low_rank_alone and self._form is not None:
-            y = self.own(flat)
-            self._form[1].add(y, flat)
-            return y.reshape(*x.shape[:-1], -1)
         y = self._full(flat, routing)
-        self._add_low_rank(y, flat, routing)
+        self._add(y, flat, routing)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def act(self, y: Tensor, x: Tensor, routing: Routing) -> None:
+        """Make ``y`` (T, O), the base's output for ``x`` (T, I), this leaf's, in place."""
+        if routing.active(self._saved_owners):
+            y.copy_(self.forward(x))
+        else:
+            self._add(y, x, routing)
+
+    def _add(self, y: Tensor, x: Tensor, routing: Routing) -> None:
+        """In place on ``y`` (T, O) all that is no full replacement."""
+        if routing is self._low_rank_alone and self._form is not None:
+            self._form[1].add(y, x)
+            return
+        self._add_low_rank(y, x, routing)
         if not routing.active(self._beyond_low_rank):
             self._low_rank_alone = routing
         for slot in routing.active(self._rows_owners):
             group, rows = routing.group(slot), self._rows[slot]
-            shares = ops.scaled(nn.functional.linear(flat[group.index], rows.delta[:-1]), group)
+            shares = ops.scaled(nn.functional.linear(x[group.index], rows.delta[:-1]), group)
             part = y[group.index]
             part[:, rows.indices] += shares
             y[group.index] = part
-        return y.reshape(*x.shape[:-1], -1)
 
     def _fill_saved(self, slot: int, saved: SavedModule) -> None:
         super()._fill_saved(slot, saved)

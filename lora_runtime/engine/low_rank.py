@@ -204,7 +204,18 @@ def _stacked(factors: Mapping[int, Factors], slots: tuple[int, ...], widths: tup
     """A and B as :class:`BySlot` has them; lower ranks are padded with zeros."""
     members = [factors[slot] for slot in slots]
     highest = _highest(factors, slots)
-    rank, piece = max(highest), math.gcd(*widths)
+    piece = math.gcd(*widths)
+    if len({member.ranks for member in members}) == 1 and len(set(highest) - {0}) == 1:
+        # Nothing to pad: few copies, since this is made anew whenever other slots are in play.
+        a = torch.stack([member.a for member in members])
+        parts, row, left = [], 0, 0
+        for own, width in zip(highest, widths, strict=True):
+            if own:
+                made = torch.stack([member.b[row : row + own, left : left + width] for member in members])
+                parts.append(made.view(len(slots), own, -1, piece).transpose(1, 2))
+            row, left = row + own, left + width
+        return a, torch.cat(parts, dim=1).flatten(0, 1)
+    rank = max(highest)
     like = members[0].a
     used = [part for part, own in enumerate(highest) if own]
     a = like.new_zeros(len(slots), len(used), rank, like.shape[1])

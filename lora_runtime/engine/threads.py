@@ -35,6 +35,25 @@ def available() -> int:
     return get_num_threads()
 
 
+class Sharing:
+    """The cores of a thread that computes beside a helper. Used from that thread alone."""
+
+    def __init__(self, num_threads: int) -> None:
+        """``num_threads``: what the calling thread computes with."""
+        self._all = self._now = num_threads
+
+    def give_one_up(self, is_asked: bool) -> None:
+        """Compute with one thread less while asked for, where there are several.
+
+        With a helper on one of its cores a team waits at every barrier until the helper's time is up: on two cores
+        a step took ten times as long.
+        """
+        wanted = self._all - 1 if is_asked and self._all > 1 else self._all
+        if wanted != self._now:
+            compute_with(wanted)
+            self._now = wanted
+
+
 def with_a_passing_team(work: Callable[[], T]) -> T:
     """What ``work`` returns, computed with every core; its team is gone afterwards."""
     with ThreadPoolExecutor(1, initializer=compute_with, initargs=(available(),)) as passing:

@@ -51,7 +51,7 @@ def manager(monkeypatch):
 
     monkeypatch.setattr(module, "FILL_S", 0.0)
     config = SimpleNamespace(
-        additional_config={"loom": {"base_path": "", "saved_bytes": 300}},
+        additional_config={"loom": {"base_path": "", "saved_bytes": 300, "compile": False}},
         model_config=SimpleNamespace(dtype=torch.float32),
     )
     made = module.SlotManager(config, torch.device("cpu"), {})

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_runtime.engine.layers import SlotConv, SlotEmbedding, SlotLayer, SlotLinear, SlotNorm, space_of
-from lora_runtime.engine.routing import Router, Space
+from lora_runtime.engine.routing import Router, Routing, Space
 from lora_runtime.engine.vllm.fusion import FusedLeaf, LeafParts
 from lora_runtime.engine.vllm.names import (
     ColumnParallelLinear,
@@ -38,6 +38,10 @@ FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 """vLLM's leaf → the leaves it is made of, in order of outputs, where the base has those."""
+
+
+SMALLEST_DIVISOR = 1e-12
+"""Of a norm's weights: what the base's norm gave is scaled to another's where it is exact to fp32's rounding."""
 
 
 class WrappedLeaf:
@@ -64,6 +68,11 @@ class WrappedLeaf:
         self.layer.clear(slot)
         if not self.layer.owners:
             vars(self._owner).pop(self._attribute, None)
+
+    @property
+    def own(self) -> Any:
+        """What the module computes with while nothing stands in its place."""
+        return getattr(type(self._owner), self._attribute).__get__(self._owner)
 
     @contextmanager
     def standing_in(self, replacement: Any | None) -> Iterator[None]:
@@ -177,7 +186,7 @@ class _Wrapping:
         if isinstance(module, nn.LayerNorm | Conv3dLayer):
             slot_class = SlotNorm if isinstance(module, nn.LayerNorm) else SlotConv
             layer = slot_class(_detached(module), space, self._router)
-            return WrappedLeaf(layer, leaf, module, "forward", lambda x: routed(layer, x))
+            return WrappedLeaf(layer, leaf, module, "forward", lambda x: _routed(layer, x))
         return None
 
     def _linear(self, module: Any, leaf: FusedLeaf) -> WrappedLeaf:
@@ -188,7 +197,7 @@ class _Wrapping:
         )
         if len(leaf.widths) > 1:
             layer.set_widths(leaf.widths)
-        return WrappedLeaf(layer, leaf, method, "apply", lambda _, x, bias=None: routed(layer, x))
+        return WrappedLeaf(layer, leaf, method, "apply", lambda _, x, bias=None: _routed(layer, x))
 
     def _table(self, module: Any, leaf: FusedLeaf) -> WrappedLeaf:
         method = self._own_method(module)
@@ -196,7 +205,7 @@ class _Wrapping:
         # A kernel for sharded vocabularies that would go past the method.
         module.use_fused_embedding = False
         layer = VllmEmbedding(module, space_of(leaf.parts[0]), self._router, lambda ids: look_up(module, ids))
-        return WrappedLeaf(layer, leaf, method, "embedding", lambda _, ids: routed(layer, ids))
+        return WrappedLeaf(layer, leaf, method, "embedding", lambda _, ids: _routed(layer, ids))
 
     def _own_method(self, module: Any) -> Any:
         """The ``quant_method`` of ``module`` alone. A tied head is the same module as its embedding."""
@@ -210,15 +219,20 @@ def _detached(module: nn.Module) -> nn.Module:
     return copy.copy(module)
 
 
-def routed(layer: SlotLayer, x: Tensor) -> Tensor:
+def _routed(layer: SlotLayer, x: Tensor) -> Tensor:
     """``layer`` on the step's rows and the base on what is padded behind them. Raises EngineFault on fewer rows."""
     routing = layer.current_routing()
     if routing is None or routing.num_tokens == x.shape[0]:
         return cast(Tensor, layer.forward(x))
+    own = layer.own(x[check_rows(routing, x) :])
+    return torch.cat([cast(Tensor, layer.forward(x[: routing.num_tokens])), own])
+
+
+def check_rows(routing: Routing, x: Tensor) -> int:
+    """How many rows of ``x`` are routed; those behind are padding. Raises EngineFault on fewer."""
     if x.shape[0] < routing.num_tokens:
         raise EngineFault(f"A step routes {routing.num_tokens} rows, but a leaf was given {x.shape[0]}.")
-    own = layer.own(x[routing.num_tokens :])
-    return torch.cat([cast(Tensor, layer.forward(x[: routing.num_tokens])), own])
+    return routing.num_tokens
 
 
 class VllmLinear(SlotLinear):
@@ -252,20 +266,35 @@ class VllmNorm(SlotNorm):
 
     def __init__(self, base: nn.Module, space: Space, router: Router) -> None:
         super().__init__(_detached(base), space, router)
+        self._scale: tuple[Routing, Tensor] | None = None
+        self._is_scalable = self.weight.dtype == torch.float32 and float(self.weight.abs().min()) > SMALLEST_DIVISOR
+
+    def _changed(self) -> None:
+        super()._changed()
+        self._scale = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         if self.current_routing() is None:
             return self.base(x, residual)
         if residual is None:
-            return self.normed(x)
+            return self._normed(x)
         total = x + residual
-        return self.normed(total), total
+        return self._normed(total), total
 
-    def normed(self, x: Tensor) -> Tensor:
-        """The norm of ``x`` (T, D), in memory of its own; the base's on what is padded behind the step's rows."""
+    def act(self, y: Tensor, x: Tensor, routing: Routing) -> None:
+        """Make ``y`` (T, D), the base's norm of ``x`` (T, D), this leaf's, in place."""
+        if not self._is_scalable:
+            y.copy_(super().forward(x))
+            return
+        if self._scale is None or self._scale[0] is not routing:
+            saving = routing.active(self._saved_owners)
+            weights = self._stacked(saving, "weight", self.weight)
+            self._scale = routing, (routing.shares(saving) @ weights).div_(self.weight)
+        y.mul_(self._scale[1])
+
+    def _normed(self, x: Tensor) -> Tensor:
         routing = self.current_routing()
-        if routing is None:
-            return self.own(x)
+        assert routing is not None
         rows = super().forward(x[: routing.num_tokens])
         if x.shape[0] == routing.num_tokens:
             return rows

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lora_runtime.checkpoint import fingerprint
+from lora_runtime.engine import threads
 from lora_runtime.engine.entry import AdapterReader
 from lora_runtime.engine.routing import Router, Routing, Space
 from lora_runtime.engine.vllm.binding import SCHEME, Binding
@@ -72,6 +73,7 @@ class SlotManager:
         """Versions being read, by the slot they are for."""
         self._filling: dict[int, Filling] = {}
         self._staging = Staging(self._prepared)
+        self._sharing = threads.Sharing(threads.available() if device.type == "cpu" else 1)
         self.num_encoded = 0
         """Images that went through the tower."""
         self._leaves: dict[str, WrappedLeaf] = {}
@@ -85,7 +87,8 @@ class SlotManager:
         self._heads = HeadLogits(model)
         self._model = model
         if self._is_compiled:
-            inside = {name: leaf for name, leaf in self._leaves.items() if name.startswith(f"{DECODER}.")}
+            inside = {name: leaf for name, leaf in self._leaves.items() if name.startswith(f"{DECODER}.layers.")}
+            inside[f"{DECODER}.norm"] = self._leaves[f"{DECODER}.norm"]
             self._decoder = CompiledDecoder(model.get_submodule(DECODER), inside, self._router)
         return model
 
@@ -186,6 +189,7 @@ class SlotManager:
 
         Raises EngineFault for an id without a request: rows would silently be the base's.
         """
+        self._sharing.give_one_up(self._staging.is_busy)
         bindings = {0: BASE}
         for request in requests:
             is_ours = request.lora_path.startswith(SCHEME)

@@ -39,6 +39,11 @@ class Staging:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loom-stage", initializer=threads.compute_alone)
         self._pending: dict[str, Future[Staged]] = {}
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether an adapter is being read."""
+        return any(not future.done() for future in self._pending.values())
+
     def take(self, path: str, version: str) -> Staged | None:
         """The adapter, handed out once; None while it is being read: ask again. Raises what preparing it raised."""
         future = self._pending.get(version)

@@ -222,11 +222,11 @@ def test_names_tell_the_space_of_their_rows():
 
 @pytest.mark.parametrize("form", ["dense", "by_run", "by_slot"])
 @settings(max_examples=60, deadline=None)
-@given(step=steps(), seed=st.integers(0, 1000))
-@example(step=[(((3, 1.0),), 1)], seed=263)  # factors for one of the outputs only
-@example(step=[(((0, 1.0),), 3)], seed=4)  # one slot, some tokens, every output
-def test_fused_leaves_equal_their_parts(form, step, seed):
-    """Three outputs in one leaf; each slot has factors for some of them, of its own ranks."""
+@given(step=steps(), seed=st.integers(0, 1000), alike=st.sampled_from([None, (2, 2, 2), (3, 0, 3)]))
+@example(step=[(((3, 1.0),), 1)], seed=263, alike=None)  # factors for one of the outputs only
+@example(step=[(((0, 1.0),), 3)], seed=4, alike=None)  # one slot, some tokens, every output
+def test_fused_leaves_equal_their_parts(form, step, seed, alike):
+    """Three outputs in one leaf; each slot has factors for some of them, of its own ranks or of ranks ``alike``."""
     generator = torch.Generator().manual_seed(seed)
     widths = (4, 2, 6)
     base = nn.Linear(6, sum(widths))
@@ -234,7 +234,7 @@ def test_fused_leaves_equal_their_parts(form, step, seed):
     layer.set_widths(widths)
     parts = {}
     for slot in range(NUM_SLOTS):
-        ranks = tuple(int(torch.randint(0, 4, (), generator=generator)) for _ in widths)
+        ranks = alike or tuple(int(torch.randint(0, 4, (), generator=generator)) for _ in widths)
         if not sum(ranks):
             parts[slot] = (None, None, None)
             continue

@@ -48,3 +48,24 @@ def test_a_passing_team_is_gone_afterwards() -> None:
 def test_a_passing_team_hands_on_what_was_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         threads.with_a_passing_team(lambda: 1 / 0)
+
+
+def test_a_thread_gives_one_core_up_while_it_is_asked_to() -> None:
+    with ThreadPoolExecutor(1, initializer=threads.compute_with, initargs=(3,)) as steps:
+
+        def counts() -> list[int]:
+            sharing = threads.Sharing(threads.available())
+            found = []
+            for is_asked in (False, True, True, False):
+                sharing.give_one_up(is_asked)
+                found.append(threads.available())
+            return found
+
+        assert steps.submit(counts).result() == [3, 2, 2, 3]
+    with ThreadPoolExecutor(1, initializer=threads.compute_alone) as alone:
+
+        def count() -> int:
+            threads.Sharing(1).give_one_up(True)
+            return threads.available()
+
+        assert alone.submit(count).result() == 1
