@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_runtime.engine.routing import Router, Routing
+from lora_runtime.errors import EngineFault
 from lora_runtime.weights import LoraFactors, SavedModule
 from tests.oracle.answers import PROMPTS, prepare, refs_of
 from tests.oracle.asking import answer, check_mixed_batch, close
@@ -37,6 +38,14 @@ async def test_mixed_batches_equal_peft(world, oracle):
         for got in await asyncio.gather(*same):
             close(got, want, "LoRA alone", 1e-3)
         close(await answer(engine, PROMPTS[0], count=12), alone, "the base alone, afterwards", 1e-3)
+
+
+async def test_without_a_compiler_it_says_so(world, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(EngineFault, match=r"could not be compiled .* set compile to false"):
+        async with running(world, compile=True):
+            pytest.fail("it started")
 
 
 class Method:

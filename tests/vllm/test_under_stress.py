@@ -20,6 +20,7 @@ from lora_runtime.engine.protocol import AdapterRef
 from lora_runtime.errors import LoomError
 from tests.oracle.answers import PROMPTS
 from tests.oracle.asking import answer, close
+from tests.vllm.conftest import running
 
 pytestmark = [
     pytest.mark.vllm,
@@ -61,7 +62,15 @@ def resident_bytes() -> int:
     return sum(p.memory_info().rss for p in [own, *own.children(recursive=True)])
 
 
-async def test_stress(engine, world, oracle, bad_adapters):
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+async def test_stress(world, oracle, bad_adapters, is_compiled):
+    if is_compiled and shutil.which("g++") is None:
+        pytest.skip("compiling takes a C++ compiler, and g++ is not here")
+    async with running(world, compile=is_compiled) as engine:
+        await work_at_random(engine, world, oracle, bad_adapters)
+
+
+async def work_at_random(engine, world, oracle, bad_adapters):
     chosen = random.Random(0)
     targets = list(oracle)
     served = refused = cancelled = 0

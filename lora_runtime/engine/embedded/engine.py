@@ -66,6 +66,7 @@ class EmbeddedEngine:
             max_slots=config.max_slots,
             image_cache_bytes=config.image_cache_bytes,
             num_threads=config.num_threads or threads.available(),
+            is_core_wanted=lambda: self._host.is_reading,
         )
         self._admitted = Admission(config.max_waiting + config.max_batch_size)
         self._is_started = False

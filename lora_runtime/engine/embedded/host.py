@@ -37,6 +37,11 @@ class HostCache:
         self._held: OrderedDict[str, AdapterWeights] = OrderedDict()
         self._loading: dict[str, asyncio.Task[AdapterWeights]] = {}
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether a file is being read. May be asked from any thread."""
+        return bool(self._loading)
+
     async def get(self, ref: AdapterRef) -> AdapterWeights:
         """The weights of ``ref``. Raises AdapterMissing or AdapterRejected.
 

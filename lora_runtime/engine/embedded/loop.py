@@ -42,7 +42,10 @@ MAX_FAULTS = 3
 
 
 class StepLoop:
-    """Runs jobs on ``runner``. ``submit`` and ``cancel`` may be called from any thread."""
+    """Runs jobs on ``runner``. ``submit`` and ``cancel`` may be called from any thread.
+
+    ``is_core_wanted``: whether something computes beside the steps that they should leave a core to.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class StepLoop:
         max_slots: int,
         image_cache_bytes: int,
         num_threads: int,
+        is_core_wanted: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = SlotTable(max_slots)
@@ -62,6 +66,7 @@ class StepLoop:
         self._batch: Batch[Sequence] = Batch(max_batched_tokens)
         self._images = ImageCache(image_cache_bytes)
         self._num_threads = num_threads
+        self._is_core_wanted = is_core_wanted
         self._clock = clock
         self._waiting: deque[Job] = deque()
         self._live: set[Job] = set()
@@ -132,7 +137,9 @@ class StepLoop:
 
     def _run(self) -> None:
         threads.compute_with(self._num_threads)
+        sharing = threads.Sharing(self._num_threads if self._runner.device.type == "cpu" else 1)
         while self._collect():
+            sharing.give_one_up(self._is_core_wanted())
             self._expire()
             self._admit()
             plan = self._batch.schedule()

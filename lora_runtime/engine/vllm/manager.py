@@ -108,6 +108,13 @@ class SlotManager:
         slot until then. Raises AdapterRejected for content other than ``version``, InvalidCombination beyond the
         memory budget, and then the slot is clear.
         """
+        try:
+            return self._fill(slot, path, version)
+        finally:
+            # Here, since it is between steps: a step's attention is planned for a number of threads.
+            self._sharing.give_one_up(self._staging.is_busy)
+
+    def _fill(self, slot: int, path: str, version: str) -> Progress:
         if self._versions.get(slot) == version:
             return "done"
         filling = self._filling.get(slot)
@@ -189,7 +196,6 @@ class SlotManager:
 
         Raises EngineFault for an id without a request: rows would silently be the base's.
         """
-        self._sharing.give_one_up(self._staging.is_busy)
         bindings = {0: BASE}
         for request in requests:
             is_ours = request.lora_path.startswith(SCHEME)
