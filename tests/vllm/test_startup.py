@@ -36,6 +36,7 @@ def test_starting_leaves_the_environment_as_it_was(monkeypatch, world):
     from lora_runtime.engine.vllm import startup
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv(startup.RUNNER, "0")
     seen = {}
     engine = SimpleNamespace(from_engine_args=lambda arguments: seen.update(os.environ))
     monkeypatch.setattr(startup.names, "AsyncLLM", engine)
@@ -43,3 +44,15 @@ def test_starting_leaves_the_environment_as_it_was(monkeypatch, world):
     startup.start(VllmConfig(base_path=str(world.base), num_threads=3, kv_cache_bytes=5 << 29))
     assert (seen["OMP_NUM_THREADS"], seen["VLLM_CPU_KVCACHE_SPACE"]) == ("3", "3")
     assert dict(os.environ) == before
+
+
+def test_the_runner_that_was_tested_is_asked_for(monkeypatch, world):
+    from lora_runtime.engine.vllm import startup
+
+    monkeypatch.setattr(startup.names, "AsyncLLM", SimpleNamespace(from_engine_args=lambda arguments: None))
+    monkeypatch.setenv(startup.RUNNER, "1")
+    startup.start(VllmConfig(base_path=str(world.base)))
+    assert os.environ[startup.RUNNER] == "1", "who sets it has it"
+    monkeypatch.delenv(startup.RUNNER)
+    startup.start(VllmConfig(base_path=str(world.base)))
+    assert os.environ[startup.RUNNER] == "0"

@@ -23,6 +23,9 @@ OMP_THREADS = "OMP_NUM_THREADS"
 OMP_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 """vLLM's own setting of who computes where; whoever sets it gets vLLM's way."""
 
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+"""vLLM's choice between its two; whoever sets it has it."""
+
 
 def start(config: VllmConfig) -> Any:
     """vLLM's engine, once it is ready for requests. Blocks for seconds. Raises EngineFault for what it cannot do."""
@@ -32,6 +35,9 @@ def start(config: VllmConfig) -> Any:
     if config.compile and not is_cpu:
         raise EngineFault("compile is for CPUs; on a GPU set it to false.")
     register()
+    # The runner that was tested; for GPUs vLLM has a second one by now. Not undone: this process asks for it with each
+    # request.
+    os.environ.setdefault(RUNNER, "0")
     num_nodes = names.num_memory_nodes() if is_cpu else 0
     is_inline = computes_inline(config, is_cpu=is_cpu, num_nodes=num_nodes, environment=os.environ)
     with _environment(config, is_inline=is_inline):
