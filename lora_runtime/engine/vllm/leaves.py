@@ -43,6 +43,9 @@ FUSED = {
 SMALLEST_DIVISOR = 1e-12
 """Of a norm's weights: what the base's norm gave is scaled to another's where it is exact to fp32's rounding."""
 
+MAX_SCALED_TOKENS = 64
+"""In a step: each norm keeps the scales of its tokens while they are routed alike, as when they decode."""
+
 
 class WrappedLeaf:
     """A slot layer for one of vLLM's modules, and the leaves of the base that it stands for.
@@ -283,7 +286,7 @@ class VllmNorm(SlotNorm):
 
     def act(self, y: Tensor, x: Tensor, routing: Routing) -> None:
         """Make ``y`` (T, D), the base's norm of ``x`` (T, D), this leaf's, in place."""
-        if not self._is_scalable:
+        if not self._is_scalable or routing.num_tokens > MAX_SCALED_TOKENS:
             y.copy_(super().forward(x))
             return
         if self._scale is None or self._scale[0] is not routing:
