@@ -28,17 +28,25 @@ class Reader:
         self.staged = staged
         self.dropped: list[str] = []
         self._asked: set[str] = set()
+        self._reading: set[str] = set()
+
+    @property
+    def is_busy(self):
+        return bool(self._reading)
 
     def take(self, path, version):
         if version == "bad":
             raise AdapterRejected("it is bad")
         if version.startswith("slow") and version not in self._asked:
             self._asked.add(version)
+            self._reading.add(version)
             return None
+        self._reading.discard(version)
         return self.staged(version)
 
     def drop(self, version):
         self.dropped.append(version)
+        self._reading.discard(version)
 
 
 @pytest.fixture
@@ -113,3 +121,16 @@ def test_a_bad_adapter_leaves_the_slot_clear_and_the_budget_as_it_was(manager):
     assert filled(manager, 1) == [] and list(manager._bytes) == [0]
     manager.clear(0)
     assert manager.fill(1, "", "saved2") == "filling"
+
+
+@pytest.mark.parametrize("next_version", ["slow", "other"])
+def test_steps_leave_a_core_to_what_is_read_and_take_it_back(manager, next_version):
+    asked = []
+    manager._sharing = SimpleNamespace(give_one_up=asked.append)
+    assert manager.fill(0, "", "slow") == "reading"
+    assert asked == [True]
+    while manager.fill(0, "", next_version) != "done":
+        assert asked[-1] is False
+    with pytest.raises(AdapterRejected):
+        manager.fill(1, "", "bad")
+    assert asked[-1] is False
