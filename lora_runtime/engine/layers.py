@@ -193,7 +193,7 @@ class SlotLinear(SlotLayer):
 
     def act(self, y: Tensor, x: Tensor, routing: Routing) -> None:
         """Make ``y`` (T, O), the base's output for ``x`` (T, I), this leaf's, in place."""
-        if routing.active(self._saved_owners):
+        if routing is not self._low_rank_alone and routing.active(self._saved_owners):
             y.copy_(self.forward(x))
         else:
             self._add(y, x, routing)

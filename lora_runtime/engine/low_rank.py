@@ -1,4 +1,4 @@
-"""y[t] += Σ_s w[t,s] · (x[t] · A_sᵀ) · B_s, in three forms that give the same and differ in cost.
+"""y[t] += Σ_s w[t,s] · (x[t] · A_sᵀ) · B_s, in several forms that give the same and differ in cost.
 
 Shape legend: T tokens, I in features, O out features, R rank, S slots in play, C tokens of the busiest slot,
 P outputs that a fused leaf is made of (q, k and v in one; mostly 1), N pieces of W outputs each that they are cut into.
@@ -36,7 +36,7 @@ class Factors(NamedTuple):
 
 class Form(Protocol):
     def add(self, y: Tensor, x: Tensor) -> None:
-        """In place on ``y`` (T, O), from ``x`` (T, I)."""
+        """In place on ``y`` (T, O), contiguous, from ``x`` (T, I)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +92,7 @@ class BySlot:
     """Two batched products over slots, each with its own tokens, padded to the busiest.
 
     Each factor is read once and no token pays for another's rank: best where many slots have few tokens each,
-    as in decoding. ``a`` (S, PR, I) of the parts that have factors, ``b`` (SN, R, W).
+    as in decoding. ``a`` (S, I, PR) of the parts that have factors, ``b`` (SN, R, W).
     """
 
     a: Tensor
@@ -103,21 +103,13 @@ class BySlot:
     def add(self, y: Tensor, x: Tensor) -> None:
         num_slots, count, _ = self.rows.weight.shape
         chosen = x if self.rows.is_identity else x[self.rows.tokens]
-        hidden = torch.bmm(chosen.reshape(num_slots, count, -1), self.a.transpose(1, 2))
+        hidden = torch.bmm(chosen.reshape(num_slots, count, -1), self.a)
         if not self.rows.is_plain:
             hidden *= self.rows.weight
         rank, width = self.b.shape[1:]
-        if count == 1:
-            spread = hidden.view(num_slots, -1, rank)
-            if not self.pieces.is_plain:
-                spread = spread.index_select(1, self.pieces.part)
-            if self.rows.is_identity and self.pieces.is_whole and y.is_contiguous():
-                y.view(-1, 1, width).baddbmm_(spread.reshape(-1, 1, rank), self.b)
-                return
-        else:
-            spread = hidden.view(num_slots, count, -1, rank).transpose(1, 2)
-            if not self.pieces.is_plain:
-                spread = spread.index_select(1, self.pieces.part)
+        spread = hidden.view(num_slots, count, -1, rank).transpose(1, 2)
+        if not self.pieces.is_plain:
+            spread = spread.index_select(1, self.pieces.part)
         made = torch.bmm(spread.reshape(-1, count, rank), self.b)
         # (SN, C, W) to rows of tokens, (SC, N, W).
         made = made.view(num_slots, -1, count, width).transpose(1, 2).flatten(0, 1)
@@ -128,6 +120,29 @@ class BySlot:
             y += made.flatten(1)
         else:
             y.index_add_(0, self.rows.tokens, made.flatten(1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OneEach:
+    """:class:`BySlot` where each row is one slot's only token and every output has factors: nothing is moved.
+
+    What decoding mostly is, and its matrices are small: each operator that is saved here is felt. ``part`` (N,) int64
+    of the pieces, None where each part is one; ``weight`` (S, 1, 1), None where all are 1.
+    """
+
+    a: Tensor
+    b: Tensor
+    part: Tensor | None
+    weight: Tensor | None
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        hidden = torch.bmm(x.unsqueeze(1), self.a)
+        if self.weight is not None:
+            hidden *= self.weight
+        num_pieces, rank, width = self.b.shape
+        if self.part is not None:
+            hidden = hidden.view(x.shape[0], -1, rank).index_select(1, self.part)
+        y.view(num_pieces, 1, width).baddbmm_(hidden.view(num_pieces, 1, rank), self.b)
 
 
 def cheapest(
@@ -170,7 +185,11 @@ def make(
         a, b = kept[key]
         return Dense(a, b, routing.mask(slots, tuple(factors[slot].a.shape[0] for slot in slots)))
     a, b = kept[key]
-    return BySlot(a, b, _pieces(_highest(factors, slots), widths, a.device), rows)
+    pieces = _pieces(_highest(factors, slots), widths, a.device)
+    if rows.is_identity and rows.weight.shape[1] == 1 and pieces.is_whole:
+        part, weight = None if pieces.is_plain else pieces.part, None if rows.is_plain else rows.weight
+        return OneEach(a.transpose(1, 2), b, part, weight)
+    return BySlot(a.transpose(1, 2), b, pieces, rows)
 
 
 def _side_by_side(factors: Mapping[int, Factors], slots: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -201,7 +220,7 @@ def _pieces(highest: Sequence[int], widths: Sequence[int], device: torch.device)
 
 
 def _stacked(factors: Mapping[int, Factors], slots: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """A and B as :class:`BySlot` has them; lower ranks are padded with zeros."""
+    """A (S, PR, I) and B as :class:`BySlot` has it; lower ranks are padded with zeros."""
     members = [factors[slot] for slot in slots]
     highest = _highest(factors, slots)
     piece = math.gcd(*widths)

@@ -111,6 +111,22 @@ def test_linear_equals_dense_weights_token_by_token(step, seed, form):
 
 
 @settings(max_examples=60, deadline=None)
+@given(
+    order=st.permutations([0, 1, 4]),
+    shares=st.sampled_from([(1.0, 1.0, 1.0), (0.5, 1.0, -2.0)]),
+    rows=st.integers(1, 3),
+)
+def test_rows_of_one_slot_each_equal_dense_weights(order, shares, rows):
+    """As in decoding, where most rows have a slot to themselves."""
+    torch.manual_seed(rows)
+    base = nn.Linear(6, 4)
+    step = [(((slot, share),), 1) for slot, share in zip(order, shares, strict=True)][:rows]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(low_rank, "cheapest", lambda *_: "by_slot")
+        check(SlotLinear(base, "text", Router()), linear_parts(rows, base), step, torch.randn(rows, 6))
+
+
+@settings(max_examples=60, deadline=None)
 @given(step=steps(), seed=st.integers(0, 1000))
 def test_token_rows_of_a_tied_head_equal_dense_weights(step, seed):
     torch.manual_seed(seed)
@@ -225,6 +241,8 @@ def test_names_tell_the_space_of_their_rows():
 @given(step=steps(), seed=st.integers(0, 1000), alike=st.sampled_from([None, (2, 2, 2), (3, 0, 3)]))
 @example(step=[(((3, 1.0),), 1)], seed=263, alike=None)  # factors for one of the outputs only
 @example(step=[(((0, 1.0),), 3)], seed=4, alike=None)  # one slot, some tokens, every output
+@example(step=[(((1, 1.0),), 1), (((0, 1.0),), 1)], seed=5, alike=(2, 2, 2))  # one token each
+@example(step=[(((1, 0.5),), 1), (((0, 1.0),), 1)], seed=6, alike=(2, 2, 2))  # the same, weighted
 def test_fused_leaves_equal_their_parts(form, step, seed, alike):
     """Three outputs in one leaf; each slot has factors for some of them, of its own ranks or of ranks ``alike``."""
     generator = torch.Generator().manual_seed(seed)
