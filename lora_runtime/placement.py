@@ -45,9 +45,16 @@ class Placed:
         return {*self.a, *self.b, *self.b_bias, *self.embedding_a, *self.embedding_b, *self.method}
 
 
-def place(tensors: Mapping[str, Tensor], layout: BaseLayout, config: AdapterConfig) -> Placed:
-    """Give every tensor its place. Raises UnknownModules, UnsupportedAdapter or NonFiniteWeights, for all at once."""
-    _check_values(tensors)
+def place(
+    tensors: Mapping[str, Tensor], layout: BaseLayout, config: AdapterConfig, *, reads_values: bool = True
+) -> Placed:
+    """Give every tensor its place. Raises UnknownModules, UnsupportedAdapter or NonFiniteWeights, for all at once.
+
+    Without ``reads_values`` NaN and infinity are not looked for, and of a mapped file nothing is read.
+    """
+    _check_dtypes(tensors)
+    if reads_values:
+        _check_finite(tensors)
     placed = Placed()
     originals: dict[str, TensorKey] = {}
     unmatched: list[str] = []
@@ -89,13 +96,16 @@ def _head_names(config: AdapterConfig) -> frozenset[str]:
     )
 
 
-def _check_values(tensors: Mapping[str, Tensor]) -> None:
+def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
     if odd := [f"{shown(key)} ({tensor.dtype})" for key, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
         raise UnsupportedAdapter(
             f"{len(odd)} tensors are not of a served type: {listed(odd)}. Save the adapter in float16, bfloat16 or "
             "float32.",
             tensors=odd,
         )
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     if bad := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
         raise NonFiniteWeights(
             f"NaN or infinity in {len(bad)} tensors: {listed(bad)}. The training diverged; use an earlier checkpoint.",

@@ -30,14 +30,15 @@ class Reading:
     Raises AdapterMissing or AdapterRejected for a file or config that cannot be read at all.
     """
 
-    def __init__(self, folder: Path, layout: BaseLayout) -> None:
+    def __init__(self, folder: Path, layout: BaseLayout, *, reads_values: bool = True) -> None:
+        """Without ``reads_values`` weights may be NaN or infinite, and are not read from the disk."""
         config, tensors = read_config(folder), read_tensors(folder)
         self._folder = folder
         self._config = config
         self._layout = layout
         self._matcher = Matcher(config, layout)
         self._layers: dict[str, MethodLayer] = {}
-        self._placed: Placed = place(tensors, layout, config)
+        self._placed: Placed = place(tensors, layout, config, reads_values=reads_values)
         self._targets: Targets = self._matcher.targets(self._placed.factored(), self._placed.spelled)
 
     def problems(self) -> list[AdapterRejected | AdapterMissing]:

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_runtime.checkpoint import fingerprint, read_adapter
+from lora_runtime.checkpoint import fingerprint, outline_adapter, read_adapter
 from lora_runtime.errors import (
     AdapterMissing,
     LoomError,
@@ -292,6 +292,9 @@ class TestValues:
         tensor[0, 0] = value
         change(folder, **{key: tensor})
         assert refusal(NonFiniteWeights, folder, key).facts["tensors"] == [key]
+        # An outline is of names and shapes: it reads no weights, and whoever serves them does.
+        modules = outline_adapter(folder, LAYOUT).modules
+        assert any(key.startswith(f"base_model.model.{module}.") for module in modules)
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
     def test_types_that_are_not_served(self, folder: Path, dtype: torch.dtype) -> None:
