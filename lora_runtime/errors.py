@@ -19,6 +19,7 @@ LoomError
 │       ├── NonFiniteWeights     NaN or infinity in the weights
 │       └── AdapterTooLarge      more bytes than may be taken in
 ├── Conflict                     the name is taken, or the thing is in use
+├── MemoryExceeded               saved modules beyond an engine's memory for them; the engine makes room or says why not
 ├── Overloaded                   no room now; retry later
 │   └── DeadlineExceeded         the request ran out of time
 ├── VerificationFailed           a merge's result is not what it must be; nothing was published
@@ -31,6 +32,7 @@ attributes and survive pickling, because Ray carries these between processes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -48,6 +50,23 @@ class LoomError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.facts)
+
+
+def packed(error: LoomError) -> tuple[str, str, dict[str, Any]]:
+    """The error for a way on which only plain values travel."""
+    return type(error).__name__, error.message, error.facts
+
+
+def unpacked(name: str, message: str, facts: dict[str, Any]) -> LoomError:
+    """What :func:`packed` was given; an :class:`EngineFault` for a class that is not known here."""
+    known = {cls.__name__: cls for cls in _all_below(LoomError)}
+    return known.get(name, EngineFault)(message, **facts)
+
+
+def _all_below(cls: type[LoomError]) -> Iterator[type[LoomError]]:
+    yield cls
+    for below in cls.__subclasses__():
+        yield from _all_below(below)
 
 
 def _rebuild(cls: type[LoomError], message: str, facts: dict[str, Any]) -> LoomError:
@@ -124,6 +143,13 @@ class AdapterTooLarge(AdapterRejected):
 
 class Conflict(LoomError):
     """The name is taken, or the thing is in use."""
+
+
+class MemoryExceeded(LoomError):
+    """An adapter's saved modules do not fit beside those of the others in slots.
+
+    ``facts``: bytes ``wanted``, ``used`` as [slot, bytes] pairs, and the ``budget``.
+    """
 
 
 class Overloaded(LoomError):

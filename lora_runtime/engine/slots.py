@@ -117,6 +117,18 @@ class SlotTable:
         self._free.append(resident.slot)
         return resident.slot
 
+    def slot(self, version: str) -> int | None:
+        """Where a version lives; None if it is not resident."""
+        resident = self._residents.get(version)
+        return None if resident is None else resident.slot
+
+    def is_pinned(self, version: str) -> bool:
+        return version in self._residents and self._residents[version].pinned
+
+    def idle(self) -> tuple[str, ...]:
+        """Versions that may leave, least recently used first."""
+        return tuple(v for v, resident in self._residents.items() if not resident.holds and not resident.pinned)
+
     def pin(self, version: str) -> None:
         """Keep a resident version from eviction. Raises KeyError if it is not resident."""
         self._residents[version].pinned = True
@@ -128,9 +140,5 @@ class SlotTable:
 
     def _victims(self, count: int, wanted: frozenset[str]) -> list[str] | None:
         """The ``count`` versions to evict, oldest first; None when that many may not leave."""
-        idle = [
-            version
-            for version, resident in self._residents.items()
-            if not resident.holds and not resident.pinned and version not in wanted
-        ]
+        idle = [version for version in self.idle() if version not in wanted]
         return None if len(idle) < count else idle[: max(count, 0)]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import shutil
 from importlib.util import find_spec
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from lora_runtime.engine.protocol import ClassifyRequest, GenerateRequest, Sampling
+from lora_runtime.checkpoint import fingerprint
+from lora_runtime.engine.protocol import AdapterRef, ClassifyRequest, GenerateRequest, Sampling
+from lora_runtime.errors import AdapterRejected, InvalidCombination, NonFiniteWeights
 from tests.oracle.answers import PROMPTS, oracle_answers, prepare, refs_of
 from tests.oracle.asking import answer, check_coldness, check_mixed_batch, close
 from tests.oracle.world import LABELS, build_world, chat, greedy, label_probabilities, picture
@@ -100,14 +105,45 @@ async def test_preempted_requests_go_on_rightly(world, oracle):
                 close(got, wanted[name], name, TOLERANCE)
 
 
-async def test_saved_modules_beyond_the_budget_are_refused(world):
-    from lora_runtime.errors import AdapterRejected
-
-    async with running(world, saved_bytes=200_000) as poor:
+async def test_saved_modules_take_turns_in_the_memory_there_is(world):
+    """Room for the larger of two and not for both; each has its turn, one by one and at once, and both together are
+    refused, as is one that could never fit."""
+    names = ("saved_vocabulary", "saved_head", "saved_block", "plain")
+    wanted = {name: greedy(world.peft(name), prepare(world, PROMPTS[0]), 4) for name in names}
+    sizes = {name: 4 * sum(t.numel() for m in world.read(name).saved.values() for t in m.parameters.values())
+             for name in names}  # fmt: skip
+    assert sizes["saved_vocabulary"] > sizes["saved_head"] > 0
+    budget = sizes["saved_vocabulary"] + sizes["saved_head"] // 2
+    async with running(world, saved_bytes=budget, max_slots=8) as small:
+        order = random.Random(0).choices(names, k=12)
+        for name in order:
+            close(await answer(small, PROMPTS[0], (world.ref(name),), count=4), wanted[name], name, TOLERANCE)
+        answers = await asyncio.gather(*(answer(small, PROMPTS[0], (world.ref(name),), count=4) for name in order))
+        for name, got in zip(order, answers, strict=True):
+            close(got, wanted[name], name, TOLERANCE)
+        with pytest.raises(InvalidCombination, match="saved_bytes"):
+            await answer(small, PROMPTS[0], (world.ref("saved_vocabulary"), world.ref("saved_head", 0.5)))
+        assert small.stats().held_slots == 0
+    async with running(world, saved_bytes=sizes["saved_vocabulary"] * 3 // 4) as poor:  # tables are padded there
         with pytest.raises(AdapterRejected, match="saved_bytes"):
             await answer(poor, PROMPTS[0], (world.ref("saved_vocabulary"),))
-        assert (await answer(poor, PROMPTS[0], (world.ref("saved_norms"),)))[0]
+        got = await answer(poor, PROMPTS[0], (world.ref("saved_head"),), count=4)
+        close(got, wanted["saved_head"], "saved_head", TOLERANCE)
         assert poor.stats().held_slots == 0
+
+
+async def test_what_is_wrong_with_an_adapter_is_said_in_its_own_kind(world, tmp_path):
+    """Weights are read in vLLM's process, and the error comes from there."""
+    spoilt = shutil.copytree(world.ref("saved_head").path, tmp_path / "spoilt")
+    tensors = load_file(spoilt / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, spoilt / "adapter_model.safetensors")
+    ref = AdapterRef(version=fingerprint(spoilt), path=str(spoilt), name="spoilt")
+    async with running(world) as engine:
+        with pytest.raises(NonFiniteWeights, match="NaN or infinity in 1 tensors") as caught:
+            await answer(engine, PROMPTS[0], (ref,))
+        assert len(caught.value.facts["tensors"]) == 1
+        assert (await answer(engine, PROMPTS[0], (world.ref("saved_head"),)))[0]
 
 
 async def test_tied_bases_equal_peft(tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_runtime.engine.layers import SlotLinear
 from lora_runtime.engine.routing import Router
-from lora_runtime.errors import AdapterRejected, InvalidCombination
+from lora_runtime.errors import AdapterRejected, MemoryExceeded
 from lora_runtime.weights import LoraFactors, SavedModule
 
 pytestmark = [
@@ -115,9 +115,10 @@ def test_a_bad_adapter_leaves_the_slot_clear_and_the_budget_as_it_was(manager):
         manager.fill(0, "", "bad")
     while manager.fill(0, "", "saved1") != "done":
         pass
-    with pytest.raises(InvalidCombination, match="saved_bytes"):
+    with pytest.raises(MemoryExceeded, match="the budget is") as refused:
         while manager.fill(1, "", "saved2") != "done":
             pass
+    assert refused.value.facts["used"] == [[0, manager._bytes[0]]] and refused.value.facts["wanted"] > 0
     assert filled(manager, 1) == [] and list(manager._bytes) == [0]
     manager.clear(0)
     assert manager.fill(1, "", "saved2") == "filling"

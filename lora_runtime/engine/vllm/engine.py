@@ -41,12 +41,7 @@ from lora_runtime.engine.vllm.config import VllmConfig
 from lora_runtime.engine.vllm.probe import prove
 from lora_runtime.engine.vllm.residency import Residency
 from lora_runtime.engine.vllm.translate import Events, engine_input, sampling_params
-from lora_runtime.errors import (
-    AdapterRejected,
-    DeadlineExceeded,
-    EngineFault,
-    InvalidRequest,
-)
+from lora_runtime.errors import DeadlineExceeded, EngineFault, InvalidRequest, unpacked
 from lora_runtime.layout import BaseLayout
 
 PREPARE_THREADS = 4
@@ -73,7 +68,7 @@ class VllmEngine:
             PREPARE_THREADS, thread_name_prefix="loom-prepare", initializer=threads.compute_alone
         )
         self._known: dict[str, AdapterOutline] = {}
-        self._residency = Residency(config.max_slots, self._fill)
+        self._residency = Residency(config.max_slots, self._fill, self._clear)
         self._next_id = itertools.count(1)
         self._next_number = itertools.count(1)
         self._bound: dict[str, tuple[int, int]] = {}
@@ -276,16 +271,19 @@ class VllmEngine:
                 if "reading" in progress:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, MAX_PAUSE_S)
-            wrong = [message for _, message in said if message is not None]
+            wrong = [error for _, error in said if error is not None]
             if wrong:
                 # Another worker may have filled its part.
-                await self._engine.collective_rpc("loom_clear", args=(slot,))
+                await self._clear(slot)
         except names.EngineDeadError as error:
             raise EngineFault("vLLM's engine process died while an adapter was loaded. Send it again.") from error
         self._counters["adapter_loads"] += 1
         self._counters["adapter_load_seconds"] += time.monotonic() - start  # type: ignore[assignment]  # floats too
         if wrong:
-            raise AdapterRejected(wrong[0])
+            raise unpacked(*wrong[0])
+
+    async def _clear(self, slot: int) -> None:
+        await self._engine.collective_rpc("loom_clear", args=(slot,))
 
     @contextmanager
     def _admission(self) -> Iterator[None]:

@@ -270,7 +270,8 @@ class VllmNorm(SlotNorm):
     def __init__(self, base: nn.Module, space: Space, router: Router) -> None:
         super().__init__(_detached(base), space, router)
         self._scale: tuple[Routing, Tensor] | None = None
-        self._is_scalable = self.weight.dtype == torch.float32 and float(self.weight.detach().abs().min()) > SMALLEST_DIVISOR
+        smallest = float(self.weight.detach().abs().min())
+        self._is_scalable = self.weight.dtype == torch.float32 and smallest > SMALLEST_DIVISOR
 
     def _changed(self) -> None:
         super()._changed()

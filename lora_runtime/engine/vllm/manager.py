@@ -31,7 +31,7 @@ from lora_runtime.engine.vllm.leaves import WrappedLeaf, wrap_leaves
 from lora_runtime.engine.vllm.names import LoRAMappingType
 from lora_runtime.engine.vllm.probe import probe_weights
 from lora_runtime.engine.vllm.staging import Staged, Staging
-from lora_runtime.errors import AdapterRejected, EngineFault, InvalidCombination
+from lora_runtime.errors import AdapterRejected, EngineFault, MemoryExceeded
 from lora_runtime.layout import BaseLayout
 from lora_runtime.parameters import BaseParameters
 from lora_runtime.weights import AdapterWeights, Head
@@ -105,8 +105,8 @@ class SlotManager:
         """Put the adapter at ``path`` into ``slot``, all or nothing; to be called until it is "done".
 
         A call takes about ``FILL_S``: what is left waits for the next one, and steps go between. Nobody uses the
-        slot until then. Raises AdapterRejected for content other than ``version``, InvalidCombination beyond the
-        memory budget, and then the slot is clear.
+        slot until then. Raises AdapterRejected for content other than ``version``, MemoryExceeded beyond the
+        budget, and then the slot is clear.
         """
         try:
             return self._fill(slot, path, version)
@@ -171,12 +171,11 @@ class SlotManager:
     def _affordable(self, wanted: int) -> int:
         used = sum(self._bytes.values())
         if used + wanted > self._budget:
-            raise InvalidCombination(
+            raise MemoryExceeded(
                 f"The adapter's saved modules take {wanted / 1e6:.1f} MB, and those of the other resident adapters "
-                f"{used / 1e6:.1f} MB; the budget is {self._budget / 1e6:.1f} MB. Raise saved_bytes, lower "
-                "max_slots, or train it as LoRA.",
+                f"{used / 1e6:.1f} MB; the budget is {self._budget / 1e6:.1f} MB.",
                 wanted=wanted,
-                used=used,
+                used=[[slot, taken] for slot, taken in self._bytes.items()],
                 budget=self._budget,
             )
         return wanted

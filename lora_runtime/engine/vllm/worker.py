@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from lora_runtime.engine.vllm.manager import Progress, SlotManager
-from lora_runtime.errors import LoomError
+from lora_runtime.errors import AdapterRejected, LoomError, packed
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +39,15 @@ class SlotWorker:
             )
         return None
 
-    def loom_fill(self, slot: int, path: str, version: str) -> tuple[Progress, str | None]:
-        """Fill a slot a little further, between steps; returns how far it is, or "done" and what was wrong."""
+    def loom_fill(self, slot: int, path: str, version: str) -> tuple[Progress, tuple[str, str, dict[str, Any]] | None]:
+        """Fill a slot a little further, between steps; returns how far it is, or "done" and the error, packed."""
         try:
             return self._loom_manager().fill(slot, path, version), None
         except LoomError as error:
-            return "done", error.message
+            return "done", packed(error)
         except Exception as error:  # one adapter's tensors must not take the engine down
             log.exception("an adapter could not be put into its slot")
-            return "done", f"The adapter could not be loaded: {type(error).__name__}."
+            return "done", packed(AdapterRejected(f"The adapter could not be loaded: {type(error).__name__}."))
 
     def loom_fill_probe(self, slot: int) -> None:
         """Put the adapter of :mod:`.probe` into a slot."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 
 from lora_runtime.engine.protocol import AdapterRef
+from lora_runtime.engine.vllm import residency as module
 from lora_runtime.engine.vllm.residency import Residency
-from lora_runtime.errors import AdapterRejected, InvalidCombination, Overloaded
+from lora_runtime.errors import AdapterRejected, InvalidCombination, MemoryExceeded, Overloaded
 
 
 def ref(version: str) -> AdapterRef:
@@ -22,27 +25,46 @@ def refs(*versions: str) -> dict[str, AdapterRef]:
 
 class Slots:
     """What lies where. A fill asks several times, as one does that waits for its file, and others come in between;
-    "bad" ones fail."""
+    "bad" ones fail. A version takes as much of the memory as ``sizes`` says, else none."""
 
-    def __init__(self, delay_s: float = 0.0) -> None:
+    def __init__(self, delay_s: float = 0.0, budget: int = 0, sizes: Mapping[str, int] | None = None) -> None:
         self.content: dict[int, str] = {}
+        self.used: dict[int, int] = {}
+        self.num_fills = 0
         self._delay_s = delay_s
+        self._budget = budget
+        self._sizes = sizes or {}
 
     async def fill(self, slot: int, adapter: AdapterRef) -> None:
+        self.num_fills += 1
         for _ in range(random.randint(1, 4)):
             self.content.pop(slot, None)
+            self.used.pop(slot, None)
             await asyncio.sleep(random.random() * self._delay_s / 4)
         if adapter.version.startswith("bad"):
             raise AdapterRejected("it does not fit")
+        wanted = self._sizes.get(adapter.version, 0)
+        if wanted + sum(self.used.values()) > self._budget:
+            used = [[slot, size] for slot, size in self.used.items()]
+            raise MemoryExceeded("It is full.", wanted=wanted, used=used, budget=self._budget)
+        self.used[slot] = wanted
+        await asyncio.sleep(random.random() * self._delay_s / 4)
         self.content[slot] = adapter.version
+
+    async def clear(self, slot: int) -> None:
+        await asyncio.sleep(random.random() * self._delay_s / 4)
+        self.content.pop(slot, None)
+        self.used.pop(slot, None)
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_what_is_held_is_in_its_slot(seed):
-    """Random sets of versions, some of which cannot be loaded, and callers that leave at any moment."""
+async def test_what_is_held_is_in_its_slot(seed, monkeypatch):
+    """Random sets of versions, some of which cannot be loaded, little memory, and callers that leave at any moment."""
     chosen = random.Random(seed)
-    slots = Slots(0.002)
-    residency = Residency(3, slots.fill)
+    sizes = {"a": 3, "b": 3, "c": 3, "d": 4, "e": 1}
+    slots = Slots(0.002, budget=7, sizes=sizes)
+    monkeypatch.setattr(module, "ROOM_PATIENCE_S", 0.1)
+    residency = Residency(3, slots.fill, slots.clear)
     names = ["a", "b", "c", "d", "e", "bad1", "bad2"]
 
     async def one() -> str:
@@ -51,6 +73,7 @@ async def test_what_is_held_is_in_its_slot(seed):
             async with asyncio.timeout(chosen.choice([0.001, 0.01, 5.0])):
                 async with residency.held(wanted) as held:
                     for _ in range(3):
+                        assert sum(slots.used.values()) <= 7
                         assert {version: slots.content[slot] for version, slot in held.items()} == {
                             v: v for v in wanted
                         }
@@ -61,9 +84,16 @@ async def test_what_is_held_is_in_its_slot(seed):
         except AdapterRejected:
             assert any(version.startswith("bad") for version in wanted)
             return "rejected"
+        except InvalidCombination:
+            assert sum(sizes.get(version, 0) for version in wanted) > 7
+            return "too much"
+        except Overloaded:
+            return "overloaded"
 
     outcomes = [await asyncio.gather(*(one() for _ in range(60))) for _ in range(3)]
-    assert {outcome for round_ in outcomes for outcome in round_} == {"served", "left", "rejected"}
+    found = Counter(outcome for round_ in outcomes for outcome in round_)
+    assert set(found) >= {"served", "left", "rejected"}
+    assert found["overloaded"] < found["served"]
     await asyncio.sleep(0.05)
     assert residency.table.num_held == 0 and residency.num_waiting == 0
     assert not [version for version in residency.table.resident if version.startswith("bad")]
@@ -71,7 +101,7 @@ async def test_what_is_held_is_in_its_slot(seed):
 
 async def test_a_caller_that_leaves_at_once_leaves_no_unfilled_slot_behind():
     slots = Slots(0.01)
-    residency = Residency(1, slots.fill)
+    residency = Residency(1, slots.fill, slots.clear)
 
     async def hold() -> None:
         async with residency.held(refs("a")):
@@ -86,7 +116,7 @@ async def test_a_caller_that_leaves_at_once_leaves_no_unfilled_slot_behind():
 
 async def test_all_who_wait_for_a_bad_adapter_hear_why_and_the_next_version_is_served():
     slots = Slots(0.005)
-    residency = Residency(1, slots.fill)
+    residency = Residency(1, slots.fill, slots.clear)
 
     async def hold(version: str) -> str:
         async with residency.held(refs(version)):
@@ -98,7 +128,8 @@ async def test_all_who_wait_for_a_bad_adapter_hear_why_and_the_next_version_is_s
 
 
 async def test_more_than_there_are_slots_is_refused_and_pins_stay():
-    residency = Residency(2, Slots().fill)
+    slots = Slots()
+    residency = Residency(2, slots.fill, slots.clear)
     with pytest.raises(InvalidCombination):
         async with residency.held(refs("a", "b", "c")):
             pass
@@ -116,7 +147,8 @@ async def test_more_than_there_are_slots_is_refused_and_pins_stay():
 async def test_the_first_in_line_is_not_passed_for_ever():
     """One slot in use by "a" again and again; "b" waits, and gets its turn once its patience is over."""
     now = [0.0]
-    residency = Residency(1, Slots().fill, clock=lambda: now[0])
+    slots = Slots()
+    residency = Residency(1, slots.fill, slots.clear, clock=lambda: now[0])
     order: list[str] = []
 
     async def hold(version: str, steps: int) -> None:
@@ -136,3 +168,80 @@ async def test_the_first_in_line_is_not_passed_for_ever():
     late = asyncio.create_task(hold("a", 1))
     await asyncio.gather(first, waiting, passing, late)
     assert order == ["a", "a", "b", "a"]
+
+
+async def test_what_nobody_holds_leaves_the_memory_least_recently_used_first():
+    slots = Slots(budget=10, sizes={"a": 4, "b": 4, "c": 4, "d": 9, "huge": 11})
+    residency = Residency(8, slots.fill, slots.clear)
+    for version in "abac":
+        async with residency.held(refs(version)):
+            pass
+    assert set(slots.content.values()) == {"a", "c"} and residency.table.resident == ("a", "c")
+    async with residency.held(refs("lora")):
+        assert set(slots.content.values()) == {"a", "c", "lora"}
+    async with residency.held(refs("d")):
+        assert set(slots.content.values()) == {"lora", "d"}
+    before = dict(slots.content)
+    with pytest.raises(AdapterRejected, match="saved_bytes"):
+        async with residency.held(refs("huge")):
+            pass
+    assert slots.content == before, "nothing leaves for what can never fit"
+
+
+async def test_what_is_asked_for_together_must_fit_together():
+    slots = Slots(budget=10, sizes={"a": 6, "b": 6, "c": 3})
+    residency = Residency(8, slots.fill, slots.clear)
+    with pytest.raises(InvalidCombination, match="saved_bytes"):
+        async with residency.held(refs("a", "b")):
+            pass
+    assert residency.table.num_held == 0
+    async with residency.held(refs("b", "c")):
+        pass
+    await residency.pin(ref("a"))
+    with pytest.raises(InvalidCombination, match="unpin"):
+        async with residency.held(refs("b")):
+            pass
+    residency.unpin("a")
+    async with residency.held(refs("b")):
+        assert "a" not in residency.table.resident
+
+
+async def test_memory_in_use_is_waited_for_and_not_for_ever(monkeypatch):
+    slots = Slots(budget=10, sizes={"a": 6, "b": 6})
+    residency = Residency(8, slots.fill, slots.clear)
+    done = asyncio.Event()
+
+    async def hold(version: str, until: asyncio.Event | None = None) -> str:
+        async with residency.held(refs(version)):
+            if until:
+                await until.wait()
+            return version
+
+    first = asyncio.create_task(hold("a", done))
+    await asyncio.sleep(0.02)
+    second = asyncio.create_task(hold("b"))
+    await asyncio.sleep(0.02)
+    assert not second.done() and slots.num_fills == 2, "it is not read again and again meanwhile"
+    done.set()
+    assert await asyncio.gather(first, second) == ["a", "b"]
+    monkeypatch.setattr(module, "ROOM_PATIENCE_S", 0.01)
+    done.clear()
+    first = asyncio.create_task(hold("b", done))
+    await asyncio.sleep(0.01)
+    with pytest.raises(Overloaded, match="in use"):
+        await hold("a")
+    done.set()
+    assert await first == "b" and await hold("a") == "a"
+
+
+async def test_who_joins_what_was_loaded_for_too_much_is_served_all_the_same():
+    slots = Slots(budget=10, sizes={"a": 6, "b": 6})
+    residency = Residency(8, slots.fill, slots.clear)
+
+    async def hold(*versions: str) -> tuple[str, ...]:
+        async with residency.held(refs(*versions)):
+            return versions
+
+    outcomes = await asyncio.gather(hold("a", "b"), hold("a"), hold("b"), return_exceptions=True)
+    assert isinstance(outcomes[0], InvalidCombination) and outcomes[1:] == [("a",), ("b",)]
+    assert residency.table.num_held == 0
