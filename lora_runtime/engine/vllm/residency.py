@@ -128,6 +128,7 @@ class Residency:
     def unpin(self, version: str) -> None:
         self.table.unpin(version)
         self._admit()
+        self._wake()
 
     async def _acquire(self, refs: Mapping[str, AdapterRef]) -> Lease:
         waiter = _Waiter(refs, self._clock())
