@@ -75,7 +75,7 @@ class AdapterOutline:
 def outline_adapter(path: str | Path, layout: BaseLayout) -> AdapterOutline:
     """As :func:`read_adapter`, with all its checks of names and shapes, and without the base's weights.
 
-    No weight is looked at, however large the file; heads are copied, and share no memory with it.
+    Of the file's tensors only heads are read; they are copied, and share no memory with it.
     """
     return _Assembly(Path(path), layout, reads_values=False).outline()
 

@@ -184,12 +184,14 @@ def make(
     if name == "dense":
         a, b = kept[key]
         return Dense(a, b, routing.mask(slots, tuple(factors[slot].a.shape[0] for slot in slots)))
-    a, b = kept[key]
+    stacked, b = kept[key]
+    a = stacked.transpose(1, 2)
     pieces = _pieces(_highest(factors, slots), widths, a.device)
     if rows.is_identity and rows.weight.shape[1] == 1 and pieces.is_whole:
-        part, weight = None if pieces.is_plain else pieces.part, None if rows.is_plain else rows.weight
-        return OneEach(a.transpose(1, 2), b, part, weight)
-    return BySlot(a.transpose(1, 2), b, pieces, rows)
+        return OneEach(
+            a, b, part=None if pieces.is_plain else pieces.part, weight=None if rows.is_plain else rows.weight
+        )
+    return BySlot(a, b, pieces, rows)
 
 
 def _side_by_side(factors: Mapping[int, Factors], slots: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -180,7 +180,7 @@ class Residency:
     def _start(self, move: Move, refs: Mapping[str, AdapterRef]) -> None:
         # What left a slot while it was still being loaded must not go on loading there.
         obsolete = self._filling.pop(move.evicted, None) if move.evicted is not None else None
-        task = asyncio.ensure_future(self._filled_after(obsolete, move.slot, refs[move.version], beside=refs))
+        task = asyncio.ensure_future(self._filled_after(obsolete, move.slot, refs[move.version], frozenset(refs)))
         self._filling[move.version] = task
         self._broken.discard(move.version)
         self.counters["slot_loads"] += 1
@@ -188,7 +188,7 @@ class Residency:
         task.add_done_callback(lambda done: self._filled(move.version, done))
 
     async def _filled_after(
-        self, obsolete: asyncio.Task[None] | None, slot: int, ref: AdapterRef, beside: Collection[str]
+        self, obsolete: asyncio.Task[None] | None, slot: int, ref: AdapterRef, beside: frozenset[str]
     ) -> None:
         """``beside``: versions that are asked for together with ``ref``."""
         if obsolete is not None:
@@ -203,7 +203,7 @@ class Residency:
                 return
             except MemoryExceeded as error:
                 deadline = deadline or asyncio.get_running_loop().time() + ROOM_PATIENCE_S
-                await self._make_room(error, ref.version, frozenset(beside), deadline)
+                await self._make_room(error, ref.version, beside, deadline)
         raise Overloaded(
             "Other adapters took the memory that was made free for this one; try again shortly.", retry_after_s=1
         )
@@ -223,9 +223,7 @@ class Residency:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _make_room(
-        self, refusal: MemoryExceeded, version: str, beside: frozenset[str], deadline: float
-    ) -> None:
+    async def _make_room(self, refusal: MemoryExceeded, version: str, beside: frozenset[str], deadline: float) -> None:
         """Let enough leave, least recently used first, once nobody holds it. Raises where it never is enough, or not
         before ``deadline``."""
         wanted, budget = refusal.facts["wanted"], refusal.facts["budget"]
@@ -246,7 +244,7 @@ class Residency:
                 **refusal.facts,
             )
             raise _TooMuchTogether(version, beside, reason)
-        while (leaving := self._leaving(sizes, wanted - budget)) is None:
+        while (leaving := self._leaving(sizes, budget - wanted)) is None:
             try:
                 async with asyncio.timeout_at(deadline):
                     await self._changed.wait()
@@ -256,10 +254,9 @@ class Residency:
                 ) from refusal
         await self._evict(leaving)
 
-    def _leaving(self, sizes: Mapping[str, int], excess: int) -> list[str] | None:
-        """What must leave for those of ``sizes`` that stay to be no more than ``-excess``; None while too much is
-        held."""
-        excess += sum(size for version, size in sizes.items() if self.table.slot(version) is not None)
+    def _leaving(self, sizes: Mapping[str, int], limit: int) -> list[str] | None:
+        """What must leave for the rest of ``sizes`` to be within ``limit``; None while too much of it is held."""
+        excess = sum(size for version, size in sizes.items() if self.table.slot(version) is not None) - limit
         leaving = []
         for version in self.table.idle():
             if excess > 0 and sizes.get(version) and version not in self._filling:
@@ -283,7 +280,6 @@ class Residency:
             await asyncio.wait(tasks)
 
     def _cleared(self, slot: int, task: asyncio.Task[None]) -> None:
-        if self._clearing.get(slot) is task:
-            del self._clearing[slot]
+        del self._clearing[slot]
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("slot %d could not be emptied: %s", slot, error)
