@@ -14,11 +14,14 @@ from typing import Any, NoReturn
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lora_runtime.folder import FILES
-from serve.config import ConfigurationError, Settings, load_settings
+from serve.config import ConfigurationError, Settings
 from serve.console import print_findings, stop
+from serve.loading import load_settings
+from serve.ray_environment import prepare
 
 TIMEOUT_S = 300.0
 
@@ -42,11 +45,15 @@ def serve(console: Console, config: Path | None, *, host: str | None, port: int 
         stop(console, str(error))
     listening = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update={"server": settings.server.model_copy(update=listening)})
-    from serve.launch import running, wait_for_signal
+    prepare(is_local=address is None)
+    from serve.launch import StartFailed, running, wait_for_signal
 
     with console.status("Starting Ray Serve…"):
         context = running(settings, address=address)
-        url = context.__enter__()
+        try:
+            url = context.__enter__()
+        except (StartFailed, ConfigurationError) as error:
+            stop(console, escape(str(error)))
     try:
         console.print(f"[bold green]Ready[/] at {url}  (API: {url}/docs, Ctrl-C stops)")
         if not settings.auth.required and not _is_loopback(settings.server.host):

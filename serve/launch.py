@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,35 +21,38 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 
+from lora_runtime.errors import LoomError
 from serve.app import APP_NAME, application
-from serve.config import Settings
+from serve.config import ConfigurationError, Settings
 from serve.jobs.cluster import stop_runner
+from serve.ray_environment import prepare
+from serve.ray_internals import listening, own_address
 
 OBJECT_STORE_BYTES = 200 << 20
 """Ray's own default takes 30 % of memory; requests here carry a few images at most."""
 
-MESSAGE_BYTES = 256 << 20
+_LAST_ERROR = re.compile(r"^\s*(?:\w+\.)*[A-Z]\w+: .+", re.MULTILINE)
+"""The lines that tracebacks end with."""
+
+
+class StartFailed(LoomError):
+    """The service cannot be started. The message says what failed and what to do."""
 
 
 @contextmanager
 def running(settings: Settings, *, address: str | None = None) -> Iterator[str]:
     """Deploy, wait until ready, give the base URL, take everything down again.
 
-    ``address`` is a Ray cluster to join; without one a local Ray is started and stopped.
+    ``address`` is a Ray cluster to join; without one a local Ray is started and stopped, which listens on loopback only
+    and asks for a token. Raises StartFailed, ConfigurationError.
     """
+    if address is None:
+        _check_port(settings)
     connect(address, num_cpus=max(4, os.cpu_count() or 1))
     try:
-        ray_serve.start(
-            proxy_location=ProxyLocation.HeadOnly,
-            http_options=HTTPOptions(
-                host=settings.server.host,
-                port=settings.server.port,
-                request_timeout_s=settings.server.request_timeout_s,
-                ssl_certfile=_text(settings.server.tls_certificate),
-                ssl_keyfile=_text(settings.server.tls_key),
-            ),
-        )
-        ray_serve.run(application(settings), name=APP_NAME, route_prefix="/", blocking=False)
+        with _translated("Ray Serve could not start the application"):
+            _start_proxies(settings)
+            ray_serve.run(application(settings), name=APP_NAME, route_prefix="/", blocking=False)
         yield f"{settings.server.scheme}://{settings.server.host}:{settings.server.port}"
     finally:
         _drain()
@@ -57,17 +63,76 @@ def running(settings: Settings, *, address: str | None = None) -> Iterator[str]:
 
 
 def connect(address: str | None, *, num_cpus: int) -> None:
-    """Have this process be a driver of the Ray cluster at ``address``, or of a local one of so many CPUs."""
-    _prepare_environment()
+    """Have this process be a driver of the Ray cluster at ``address``, or of a local one of so many CPUs.
+
+    A local one listens on loopback only: :func:`serve.ray_environment.prepare` must have been called before Ray was
+    imported. Raises StartFailed.
+    """
+    prepare(is_local=address is None)
     local: dict[str, Any] = {"num_cpus": num_cpus, "object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(
-        address=address or "local",  # without it, Ray would join whatever else runs on this machine
-        include_dashboard=False if address is None else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        namespace="loom",
-        **({} if address else local),
+    what = "Ray could not be started here" if address is None else f"The Ray cluster at '{address}' cannot be joined"
+    with _translated(what):
+        ray.init(
+            address=address or "local",  # without it, Ray would join whatever else runs on this machine
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="loom",
+            **({} if address else local),
+        )
+    if address is None and not ip_address(own_address()).is_loopback:
+        ray.shutdown()
+        raise StartFailed(
+            "Ray was imported before its environment was prepared, and would listen on all interfaces; call "
+            "serve.ray_environment.prepare first."
+        )
+
+
+def _start_proxies(settings: Settings) -> None:
+    """Raises StartFailed where Serve listens elsewhere already, since it would go on doing so."""
+    wanted = HTTPOptions(
+        host=settings.server.host,
+        port=settings.server.port,
+        request_timeout_s=settings.server.request_timeout_s,
+        ssl_certfile=_text(settings.server.tls_certificate),
+        ssl_keyfile=_text(settings.server.tls_key),
     )
+    ray_serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=wanted)
+    found = listening()
+    for name in ("host", "port", "ssl_certfile", "ssl_keyfile"):
+        if getattr(found, name) != getattr(wanted, name):
+            raise StartFailed(
+                f"Ray Serve runs on this cluster already, with http_options.{name} {getattr(found, name)!r} instead of "
+                f"{getattr(wanted, name)!r}. Start with the same, or end it first with `serve shutdown`."
+            )
+
+
+def _check_port(settings: Settings) -> None:
+    """Beforehand, since Ray's proxies would try again and again. Raises StartFailed."""
+    host, port = settings.server.host, settings.server.port
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise StartFailed(
+            f"{host}:{port} cannot be listened on: {error.strerror or error}. Choose another address with --host and "
+            "--port, or stop the process that uses it."
+        ) from error
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Whatever Ray raises, as StartFailed with its last cause and where Ray's logs are."""
+    try:
+        yield
+    except (StartFailed, ConfigurationError):
+        raise
+    except Exception as error:  # Ray raises RuntimeError, ValueError, OSError and errors of its own here
+        causes = _LAST_ERROR.findall(str(error))
+        cause = causes[-1].strip() if causes else f"{type(error).__name__}: {str(error).strip()}"
+        raise StartFailed(f"{what}: {cause[:2000]}\nRay's logs are in /tmp/ray/session_latest/logs.") from error
 
 
 def _drain() -> None:
@@ -93,15 +158,3 @@ def wait_for_signal() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     stopped.wait()
-
-
-def _prepare_environment() -> None:
-    """What Ray and transformers read from the environment, for this process and the ones it starts."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # On a busy machine a proxy takes longer to start than Ray's default of 5 s allows.
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
-    # Requests carry images; Ray's default of 4 MB for messages between replicas is too small for them.
-    os.environ.setdefault("RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH", str(MESSAGE_BYTES))

@@ -13,8 +13,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from serve.commands import Service, request
-from serve.config import ConfigurationError, Settings, load_settings
+from serve.config import ConfigurationError, Settings
 from serve.console import DEFAULT_URL, ApiKey, Url, read_mapping, stop
+from serve.loading import load_settings
+from serve.ray_environment import prepare
 
 merges = typer.Typer(help="Merges of a running service.", no_args_is_help=True)
 
@@ -44,6 +46,7 @@ def merge(
     if submit:
         _submit(Service(url, key), said, plan=plan)
         return
+    prepare(is_local=address is None)
     from lora_runtime.errors import LoomError
     from lora_runtime.merge.job import JobRecipe
     from serve.jobs.local import merging_here, plan_here

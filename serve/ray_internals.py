@@ -7,9 +7,11 @@ from contextvars import copy_context
 from dataclasses import replace
 from typing import TypeVar
 
+import ray
 from ray import serve as ray_serve
 from ray.serve._private.common import RequestRoutingInfo
 from ray.serve._private.utils import generate_request_id
+from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client, _get_serve_request_context, _serve_request_context
 
 T = TypeVar("T")
@@ -25,6 +27,21 @@ def tell_routers(versions: Collection[str]) -> None:
     client = _get_global_client()
     if client is not None:
         client.record_request_routing_info(info)
+
+
+def own_address() -> str:
+    """The address at which this process's Ray node listens."""
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
+
+
+def listening() -> HTTPOptions:
+    """Where the cluster's Ray Serve listens, whoever started it. Only after ``serve.start``."""
+    client = _get_global_client()
+    if client is None:
+        raise RuntimeError("Ray Serve was not started")
+    options: HTTPOptions = client.http_config
+    return options
 
 
 def by_itself(call: Callable[[], T]) -> T:

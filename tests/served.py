@@ -61,7 +61,7 @@ def served(
             + (["--address", address] if address else []),
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "COLUMNS": "200"},
+            env=_environment(address),
             start_new_session=True,
         )
     scheme = "https" if "tls_key" in settings["server"] else "http"
@@ -73,6 +73,12 @@ def served(
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             process.wait(timeout=90)
+
+
+def _environment(address: str | None) -> dict[str, str]:
+    """A local Ray is started as users start it, with its token; a test's own cluster has none."""
+    inherited = {name: value for name, value in os.environ.items() if address or name != "RAY_AUTH_MODE"}
+    return {**inherited, "COLUMNS": "200"}
 
 
 def _wait_until_ready(running: Served, verify: ssl.SSLContext | bool) -> None:
