@@ -102,7 +102,7 @@ def gateway_app(settings: Settings, engines: EngineClient, ensure_runner: Callab
         services,
         follower,
         keys,
-        KeyLimits(settings.auth.rates),
+        KeyLimits(settings.auth.rates.get_secret_value()),
         Tracing(settings.telemetry, "gateway"),
         Watch(assigner, experimentation, every_s=settings.experiments.look_every_s),
         max_header_bytes=settings.server.max_header_bytes,

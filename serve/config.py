@@ -1,30 +1,24 @@
-"""One configuration, from a YAML file and the environment (``LOOM_SERVER__PORT=8080``), checked at the door.
-
-The environment wins over the file. It is read here, and for the options of the command line in ``cli.py``.
-"""
+"""The configuration: its sections, fields and defaults. ``loading.py`` reads it, ``handover.py`` hands it on."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
-    SecretStr,
-    ValidationError,
-    field_serializer,
+    PrivateAttr,
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from lora_runtime.store.sources import SCHEMES
 from lora_runtime.zoo import paths as zoo
+from serve.secret_values import SecretOptions, SecretText, SecretUrl
 
 
 class ConfigurationError(Exception):
@@ -33,6 +27,12 @@ class ConfigurationError(Exception):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _without_credentials(url: str | None) -> str | None:
+    if url is not None and SecretUrl(url).is_secret:
+        raise ValueError("must not hold credentials; put them in the options, which are kept secret")
+    return url
 
 
 class ServerSettings(_Section):
@@ -93,15 +93,39 @@ class AutoscalingSettings(_Section):
 
 
 class DeploymentSettings(_Section):
-    """How one Ray Serve deployment runs. ``autoscaling`` takes the place of ``replicas``."""
+    """How one Ray Serve deployment runs. ``autoscaling`` takes the place of ``replicas``.
+
+    Where replicas run: ``num_cpus``, ``num_gpus``, ``memory_bytes``, ``accelerator_type`` (``A100``) and custom
+    ``resources`` are what each takes of its node; ``label_selector`` names labels that its node must have. At most
+    ``max_replicas_per_node`` run on one node. ``placement_bundles`` reserves a placement group for each replica, whose
+    first bundle holds the replica itself, laid out by ``placement_strategy``.
+
+    An update replaces ``rolling_update_percentage`` (0 to 1) of the replicas at a time; with ``max_surge_percent``
+    (0 to 100) new replicas start before old ones stop.
+    """
 
     replicas: PositiveInt = 1
     autoscaling: AutoscalingSettings | None = None
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
+    memory_bytes: PositiveInt | None = None
+    accelerator_type: str | None = None
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    label_selector: dict[str, str] = Field(default_factory=dict)
+    max_replicas_per_node: int | None = Field(default=None, ge=1, le=100)
+    placement_bundles: tuple[dict[str, float], ...] = ()
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    rolling_update_percentage: float = Field(default=0.2, gt=0, le=1)
+    max_surge_percent: int = Field(default=0, ge=0, le=100)
     max_ongoing_requests: PositiveInt = 64
     max_queued_requests: int = Field(default=128, ge=-1)
     graceful_shutdown_timeout_s: float = Field(default=60.0, ge=0)
+
+    @model_validator(mode="after")
+    def _placed_one_way(self) -> DeploymentSettings:
+        if self.placement_bundles and self.max_replicas_per_node is not None:
+            raise ValueError("placement_bundles and max_replicas_per_node cannot be combined in Ray Serve")
+        return self
 
 
 class EngineDeploymentSettings(DeploymentSettings):
@@ -127,9 +151,9 @@ class IntakeSettings(DeploymentSettings):
 
 
 class RegistrySettings(_Section):
-    """The database of adapters; None is SQLite in ``state_dir``."""
+    """The database of adapters; None is SQLite in ``state_dir``, which serves the nodes of one machine only."""
 
-    url: str | None = None
+    url: SecretUrl | None = None
 
 
 class AuthSettings(_Section):
@@ -141,7 +165,15 @@ class AuthSettings(_Section):
 
     required: bool = False
     isolate_caches: bool = False
-    rates: str = Field(default="memory://", pattern=r"^(memory://|rediss?://.+)$")
+    rates: SecretUrl = SecretUrl("memory://")
+
+    @field_validator("rates")
+    @classmethod
+    def _memory_or_redis(cls, value: SecretUrl) -> SecretUrl:
+        url = value.get_secret_value()
+        if url != "memory://" and not url.startswith(("redis://", "rediss://")):
+            raise ValueError("must be 'memory://', or begin with 'redis://' or 'rediss://'")
+        return value
 
 
 class StoreSettings(_Section):
@@ -153,11 +185,13 @@ class StoreSettings(_Section):
     """
 
     url: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: SecretOptions = SecretOptions({})
     copies: Path | None = None
     copies_bytes: PositiveInt = 50 << 30
     collect_every_s: float = Field(default=3600.0, ge=0)
     grace_s: PositiveFloat = 3600.0
+
+    _url = field_validator("url")(_without_credentials)
 
 
 class AdapterSettings(_Section):
@@ -169,7 +203,7 @@ class AdapterSettings(_Section):
 
     roots: tuple[Path, ...] = (zoo.ZOO,)
     sources: tuple[str, ...] = ()
-    source_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    source_options: SecretOptions = SecretOptions({})
     preload: dict[str, Path] = Field(default_factory=lambda: dict(zoo.ADAPTERS))
     max_bytes: PositiveInt = 8 << 30
 
@@ -177,6 +211,7 @@ class AdapterSettings(_Section):
     @classmethod
     def _of_known_schemes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for address in value:
+            _without_credentials(address)
             if address.partition("://")[0] not in SCHEMES:
                 raise ValueError(f"'{address}' must begin with one of {', '.join(sorted(SCHEMES))} and '://'")
         return value
@@ -193,14 +228,10 @@ class ExperimentSettings(_Section):
 
     headers: tuple[str, ...] = ()
     metadata: tuple[str, ...] = ()
-    unit_secret: SecretStr = SecretStr("")
+    unit_secret: SecretText = SecretText("")
     look_every_s: PositiveFloat = 30.0
     shadows_at_once: int = Field(default=2, ge=0)
     keep_s: PositiveFloat = 90 * 86400.0
-
-    @field_serializer("unit_secret", when_used="json")
-    def _reveal(self, value: SecretStr) -> str:
-        return value.get_secret_value()  # settings travel to replicas as JSON, and are printed as text only
 
 
 class MergeSettings(_Section):
@@ -214,7 +245,7 @@ class MergeSettings(_Section):
     """
 
     url: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: SecretOptions = SecretOptions({})
     roots: tuple[Path, ...] = ()
     at_once: PositiveInt = 2
     num_cpus: PositiveFloat = 1.0
@@ -222,21 +253,24 @@ class MergeSettings(_Section):
     max_retries: int = Field(default=8, ge=0)
     materialised_bytes: PositiveInt = 64 << 30
 
+    _url = field_validator("url")(_without_credentials)
+
 
 class TelemetrySettings(_Section):
     """``otlp_endpoint``: a collector's address for traces (``http://collector:4318/v1/traces``), ``trace_share`` of
     requests are traced. ``adapter_labels``: adapters that metrics name; further ones are counted as "other"."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    otlp_endpoint: str | None = None
+    otlp_endpoint: SecretUrl | None = None
     trace_share: float = Field(default=1.0, ge=0, le=1)
     adapter_labels: int = Field(default=100, ge=0)
 
 
-class Settings(BaseSettings):
-    """The whole configuration; every field has a default, and the default serves the demo world."""
+class Settings(_Section):
+    """The whole configuration; every field has a default, and the default serves the demo world.
 
-    model_config = SettingsConfigDict(env_prefix="LOOM_", env_nested_delimiter="__", extra="forbid", frozen=True)
+    A plain value: making one reads neither files nor the environment (:func:`serve.loading.load_settings` does).
+    """
 
     server: ServerSettings = ServerSettings()
     images: ImageSettings = ImageSettings()
@@ -259,9 +293,30 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()  # replicas run in working directories of their own
 
+    _source: Path | None = PrivateAttr(default=None)
+
+    @property
+    def source(self) -> Path | None:
+        """The file that the settings were read from."""
+        return self._source
+
+    @property
+    def _registry(self) -> SecretUrl:
+        return self.registry.url or SecretUrl(f"sqlite:///{self.state_dir / 'registry.db'}")
+
     @property
     def registry_url(self) -> str:
-        return self.registry.url or f"sqlite:///{self.state_dir / 'registry.db'}"
+        """With its password: for the database's driver only."""
+        return self._registry.get_secret_value()
+
+    @property
+    def registry_name(self) -> str:
+        """Which registry it is, without its password."""
+        return self._registry.shown
+
+    @property
+    def registry_is_a_file(self) -> bool:
+        return self.registry_url.startswith("sqlite")
 
     @property
     def engine_options(self) -> dict[str, Any]:
@@ -288,37 +343,3 @@ class Settings(BaseSettings):
         if self.store.grace_s < 2 * self.server.request_timeout_s:
             raise ValueError("store.grace_s must be at least twice server.request_timeout_s")
         return self
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return env_settings, init_settings
-
-
-def load_settings(source: Path | dict[str, Any] | None = None) -> Settings:
-    """Settings from a YAML file, a mapping, or the defaults, under the environment. Raises ConfigurationError."""
-    try:
-        return Settings(**_raw(source))
-    except ValidationError as error:
-        lines = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
-        raise ConfigurationError("The configuration cannot be used:\n  " + "\n  ".join(lines)) from error
-
-
-def _raw(source: Path | dict[str, Any] | None) -> dict[str, Any]:
-    if not isinstance(source, Path):
-        return source or {}
-    try:
-        loaded = yaml.safe_load(source.read_text())
-    except OSError as error:
-        raise ConfigurationError(f"{source} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{source} is no valid YAML: {error}") from error
-    if loaded is not None and not isinstance(loaded, dict):
-        raise ConfigurationError(f"{source} must hold a mapping of sections, such as 'server:'.")
-    return loaded or {}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
 from lora_runtime.engine.factory import create_examiner
 from lora_runtime.merge.job import JobRecipe, Plan
-from serve.config import Settings
+from serve.handover import Handover, taken_over
 from serve.intake import Admitted, Intake, Named, Source
 from serve.logs import configure
 from serve.planner import planned
@@ -18,9 +17,9 @@ from serve.storage import copies_of, sources_of, store_of
 class IntakeReplica:
     """Takes adapters in for all engines. Plain class here, Ray's coat in ``app.py``."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        """``settings``: :class:`serve.config.Settings`, dumped."""
-        self._settings = checked = Settings.model_validate(settings)
+    def __init__(self, settings: Handover) -> None:
+        """Raises ConfigurationError."""
+        self._settings = checked = taken_over(settings)
         configure(checked.telemetry.log_level)
         examiner = create_examiner(checked.engine.kind, checked.engine_options)
         self._intake = Intake(store_of(checked), sources_of(checked), copies_of(checked), examiner)

@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from lora_runtime.errors import LoomError
-from serve.config import ConfigurationError, load_settings
+from serve.config import ConfigurationError
 from serve.console import print_findings, stop
 from serve.identity import Scope
+from serve.loading import load_settings
 
 if TYPE_CHECKING:
     from serve.registry.keys import Keys

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from opentelemetry.trace import Span, StatusCode
 
@@ -25,8 +25,8 @@ from lora_runtime.engine.protocol import (
 from lora_runtime.errors import DeadlineExceeded, LoomError, Overloaded
 from lora_runtime.store.factory import local_path
 from serve.background import ended
-from serve.config import Settings
 from serve.fairness import FairQueue
+from serve.handover import Handover, taken_over
 from serve.logs import REQUEST_ID, configure
 from serve.pins import PinFollower
 from serve.ray_internals import tell_routers
@@ -44,9 +44,9 @@ Request = TypeVar("Request", GenerateRequest, ClassifyRequest)
 class EngineReplica:
     """One engine, started before the replica is ready. Errors leave as the engine's own types."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        """``settings``: :class:`serve.config.Settings`, dumped."""
-        checked = Settings.model_validate(settings)
+    def __init__(self, settings: Handover) -> None:
+        """Raises ConfigurationError."""
+        checked = taken_over(settings)
         # A thread that reads an adapter holds the interpreter for so long at most while a step waits for it.
         sys.setswitchinterval(SWITCH_S)
         self._engine = create_engine(checked.engine.kind, checked.engine_options)

@@ -10,11 +10,11 @@ from serve.config import Settings
 
 
 def store_of(settings: Settings) -> Store:
-    return open_store(settings.store_url, settings.copies_folder / "staging", settings.store.options)
+    return open_store(settings.store_url, settings.copies_folder / "staging", settings.store.options.get_secret_value())
 
 
 def copies_of(settings: Settings) -> LocalCopies:
-    return LocalCopies(settings.copies_folder, settings.store.copies_bytes, settings.store.options)
+    return LocalCopies(settings.copies_folder, settings.store.copies_bytes, settings.store.options.get_secret_value())
 
 
 def sources_of(settings: Settings) -> Sources:
@@ -24,5 +24,5 @@ def sources_of(settings: Settings) -> Sources:
         (*adapters.roots, *adapters.preload.values()),
         adapters.sources,
         max_bytes=adapters.max_bytes,
-        options=adapters.source_options,
+        options=adapters.source_options.get_secret_value(),
     )

@@ -7,7 +7,6 @@ What it works on is in the registry: a new one goes on where the old one was.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
 from lora_runtime.errors import LoomError, StoreUnavailable
 from serve.config import Settings
+from serve.handover import Handover, handed_over, taken_over
 
 NAMESPACE = "loom"
 TICK_S = 1.0
@@ -138,11 +138,11 @@ def _translated(call: Call, error: BaseException) -> LoomError:
 class JobsActor:
     """The owner of all merge tasks of a registry's jobs."""
 
-    def __init__(self, settings: dict[str, Any], digest: str) -> None:
+    def __init__(self, settings: Handover, digest: str) -> None:
         from serve.jobs.runner import Runner
 
         self._digest = digest
-        checked = Settings.model_validate(settings)
+        checked = taken_over(settings)
         self._runner = Runner(checked, RayTasks(checked))
         self._runner.start()
 
@@ -157,7 +157,7 @@ class JobsActor:
 
 def runner_name(settings: Settings) -> str:
     """The actor's. Others on the same cluster, with registries of their own, have actors of their own."""
-    return f"loom-jobs-{hashlib.sha256(settings.registry_url.encode()).hexdigest()[:12]}"
+    return f"loom-jobs-{hashlib.sha256(settings.registry_name.encode()).hexdigest()[:12]}"
 
 
 def ensure_runner(settings: Settings) -> None:
@@ -165,8 +165,7 @@ def ensure_runner(settings: Settings) -> None:
 
     Only in a process that is connected to Ray. Raises RayError.
     """
-    dumped = settings.model_dump(mode="json")
-    digest = hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(handed_over(settings).values.encode()).hexdigest()
     actor = _made(settings, digest)
     if ray.get(actor.digest.remote()) != digest:
         stop_runner(settings)
@@ -195,4 +194,4 @@ def _made(settings: Settings, digest: str) -> Any:
         max_restarts=-1,
         max_task_retries=-1,
         max_concurrency=4,
-    ).remote(settings.model_dump(mode="json"), digest)
+    ).remote(handed_over(settings), digest)

@@ -15,7 +15,6 @@ from lora_runtime.merge.evaluating import Generate, batched, engine_evaluator
 from lora_runtime.merge.examples import read_examples
 from lora_runtime.merge.search import Trial, search
 from serve.app import APP_NAME
-from serve.config import Settings
 from serve.engine_client import HandleClient
 from serve.jobs.workload import Work
 
@@ -48,7 +47,7 @@ async def _engine(work: Work) -> AsyncIterator[Generate]:
         handles = [ray_serve.get_deployment_handle(name, APP_NAME) for name in (ENGINE, INTAKE)]
         yield HandleClient(*handles).generate
         return
-    settings = Settings.model_validate(dict(work.settings))
+    settings = work.settings
     engine = create_engine(settings.engine.kind, settings.engine_options)
     await engine.start()
     try:

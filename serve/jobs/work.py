@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import shutil
 import socket
@@ -39,7 +38,7 @@ from lora_runtime.merge.shard import ShardReport, TensorReport, merge_shard
 from lora_runtime.merge.verify import check_adapter, rounding_warnings, verify_adapter, verify_checkpoint
 from lora_runtime.merge.workspace import Workspace
 from lora_runtime.parameters import BaseParameters
-from serve.config import Settings
+from serve.handover import Handover, taken_over
 from serve.jobs.searching import searched
 from serve.jobs.workload import ASSEMBLY, PROBE, Work, check_of
 from serve.storage import copies_of, store_of
@@ -86,7 +85,7 @@ def probe(work: Work) -> Iterator[int]:
 
 def admit(work: Work) -> dict[str, Any]:
     """Put a merged adapter into the store: its version, its location, and what examination found."""
-    settings = Settings.model_validate(dict(work.settings))
+    settings = work.settings
     store = store_of(settings)
     examiner = create_examiner(settings.engine.kind, settings.engine_options)
     with work.workspace().result() as result, store.staging() as folder:
@@ -219,14 +218,13 @@ def _probed(work: Work) -> dict[str, Any]:
 
 
 def _open(work: Work) -> Opened:
-    settings = json.dumps(dict(work.settings), sort_keys=True)
     inputs = tuple((found.adapter, found.version, found.location) for found in work.plan.inputs)
-    return _opened(work.plan.base.path, inputs, settings, work.stamp)
+    return _opened(work.plan.base.path, inputs, work.handover, work.stamp)
 
 
 @lru_cache(maxsize=1)
-def _opened(base: str, inputs: tuple[tuple[str, str, str], ...], settings: str, _: str) -> Opened:
-    checked = Settings.model_validate(json.loads(settings))
+def _opened(base: str, inputs: tuple[tuple[str, str, str], ...], handover: Handover, _: str) -> Opened:
+    checked = taken_over(handover)
     copies = copies_of(checked)
     located = [
         Located(adapter=adapter, version=version, location=location, folder=copies.folder_of(location, version))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lora_runtime.merge.job import Plan, Unit
 from lora_runtime.merge.workspace import Site, Workspace
 from serve.config import Settings
+from serve.handover import Handover, handed_over, taken_over
 
 ASSEMBLY, PROBE = "assembly", "probe"
 """Records of what is done once for a job."""
@@ -19,15 +21,21 @@ ASSEMBLY, PROBE = "assembly", "probe"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A plan, where its result is made, and the service's settings, dumped. ``known``: a search's trials so far."""
+    """A plan, where its result is made, and the service's settings. ``known``: a search's trials so far."""
 
     plan: Plan
     site: Site
-    settings: Mapping[str, Any]
+    handover: Handover
     known: tuple[Mapping[str, Any], ...] = ()
 
+    @property
+    def settings(self) -> Settings:
+        """Raises ConfigurationError where this process lacks a secret."""
+        return _taken_over(self.handover)
+
     def workspace(self) -> Workspace:
-        return self.site.open()
+        options = self.settings.merges.options.get_secret_value()
+        return replace(self.site, options=options).open()
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.plan.units if unit.name == name)
@@ -55,11 +63,15 @@ def work_of(plan: Plan, settings: Settings, *, target: str = "") -> Work:
         name=name,
         id=hashlib.sha256(f"{plan.id} {name}".encode()).hexdigest()[:32],
         scratch=str(settings.copies_folder / "merges"),
-        options=settings.merges.options if place is None else {},
     )
-    return Work(plan=plan, site=site, settings=settings.model_dump(mode="json"))
+    return Work(plan=plan, site=site, handover=handed_over(settings))
 
 
 def check_of(unit: str) -> str:
     """The record of a unit's check."""
     return f"check-{unit}"
+
+
+@lru_cache(maxsize=4)
+def _taken_over(handover: Handover) -> Settings:
+    return taken_over(handover)

@@ -17,8 +17,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from lora_runtime.zoo.paths import ADAPTERS
-from serve.config import Settings, load_settings
+from serve.config import Settings
 from serve.jobs.cluster import ensure_runner, runner_name, stop_runner
+from serve.loading import load_settings
 from serve.registry.database import Database
 from serve.registry.merges import Merges, MergeState
 from tests.cluster.clusters import NODE, cluster_of

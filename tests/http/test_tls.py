@@ -9,7 +9,8 @@ import httpx
 import pytest
 import trustme
 
-from serve.config import ConfigurationError, load_settings
+from serve.config import ConfigurationError
+from serve.loading import load_settings
 from tests.served import served
 
 

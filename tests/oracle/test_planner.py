@@ -14,8 +14,9 @@ from lora_runtime.checkpoint import fingerprint
 from lora_runtime.errors import MergeRefused
 from lora_runtime.merge.job import JobRecipe
 from lora_runtime.zoo.paths import ADAPTERS
-from serve.config import Settings, load_settings
+from serve.config import Settings
 from serve.intake import Named
+from serve.loading import load_settings
 from serve.planner import planned
 
 

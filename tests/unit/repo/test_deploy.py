@@ -9,7 +9,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from serve.app import AppArguments
-from serve.config import load_settings
+from serve.loading import load_settings
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 
