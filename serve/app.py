@@ -1,6 +1,6 @@
 """The Ray Serve deployments, and the application that ``serve run``, ``serve deploy`` and ``loom serve`` deploy.
 
-serve run serve.app:build_app config=deploy/loom.yaml
+serve run --name loom serve.app:build_app config=deploy/loom.yaml
 
 No ``from __future__ import annotations`` here: Ray makes a builder's argument a model only where its annotation is a
 class, and postponed annotations are text.
@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.config import ConfigurationError, DeploymentSettings, Settings
 from serve.handover import Handover, handed_over, taken_over
 from serve.loading import load_settings
+from serve.ray_internals import listen_as_the_node_does
 
 APP_NAME = "loom"
 ROUTER: dict[str, Any] = {"request_router_class": "serve.routing:AdapterRouter"}
@@ -43,6 +44,7 @@ class Gateway:
 
     def __init__(self, settings: Handover, engines: DeploymentHandle[Any], intake: DeploymentHandle[Any]) -> None:
         """Raises ConfigurationError."""
+        listen_as_the_node_does()
         self._settings = taken_over(settings)
         _check_registry(self._settings)  # machines may have joined since it was deployed
         self._engines = engines

@@ -11,6 +11,7 @@ from serve.handover import Handover, taken_over
 from serve.intake import Admitted, Intake, Named, Source
 from serve.logs import configure
 from serve.planner import planned
+from serve.ray_internals import listen_as_the_node_does
 from serve.storage import copies_of, sources_of, store_of
 
 
@@ -19,6 +20,7 @@ class IntakeReplica:
 
     def __init__(self, settings: Handover) -> None:
         """Raises ConfigurationError."""
+        listen_as_the_node_does()
         self._settings = checked = taken_over(settings)
         configure(checked.telemetry.log_level)
         examiner = create_examiner(checked.engine.kind, checked.engine_options)

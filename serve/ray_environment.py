@@ -33,5 +33,10 @@ def prepare(*, is_local: bool) -> None:
             os.environ[TOKEN] = secrets.token_urlsafe(32)
 
 
+def is_loopback_only() -> bool:
+    """Whether this process belongs to a Ray that listens on loopback only."""
+    return os.environ.get(LOOPBACK_ONLY) == "0"
+
+
 def _has_token() -> bool:
     return TOKEN in os.environ or TOKEN_PATH in os.environ or (Path.home() / ".ray" / "auth_token").is_file()

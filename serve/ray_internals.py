@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextvars import copy_context
 from dataclasses import replace
-from typing import TypeVar
+from importlib import import_module
+from typing import Any, TypeVar
 
 import ray
 from ray import serve as ray_serve
@@ -13,6 +14,8 @@ from ray.serve._private.common import RequestRoutingInfo
 from ray.serve._private.utils import generate_request_id
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client, _get_serve_request_context, _serve_request_context
+
+from serve.ray_environment import is_loopback_only
 
 T = TypeVar("T")
 
@@ -27,6 +30,24 @@ def tell_routers(versions: Collection[str]) -> None:
     client = _get_global_client()
     if client is not None:
         client.record_request_routing_info(info)
+
+
+def listen_as_the_node_does() -> None:
+    """Have this replica's server for other replicas listen on loopback where the whole Ray does. Call it in the
+    replica's constructor.
+
+    Ray binds that server, which unpickles what it is sent, to all interfaces without asking where its node listens
+    (ray 2.60, ``serve/_private/replica.py``, ``_on_initialized``). Its token is asked for there as well.
+    """
+    if is_loopback_only():
+        replica: Any = import_module("ray.serve._private.replica")
+        bind = replica.add_port_to_grpc_server
+
+        def bind_to_loopback(server: Any, address: str) -> int:
+            port: int = bind(server, address.replace("[::]:", "127.0.0.1:"))
+            return port
+
+        replica.add_port_to_grpc_server = bind_to_loopback
 
 
 def own_address() -> str:

@@ -29,7 +29,7 @@ from serve.fairness import FairQueue
 from serve.handover import Handover, taken_over
 from serve.logs import REQUEST_ID, configure
 from serve.pins import PinFollower
-from serve.ray_internals import tell_routers
+from serve.ray_internals import listen_as_the_node_does, tell_routers
 from serve.storage import copies_of
 from serve.tracing import Tracing
 from serve.warmth import Warmth
@@ -46,6 +46,7 @@ class EngineReplica:
 
     def __init__(self, settings: Handover) -> None:
         """Raises ConfigurationError."""
+        listen_as_the_node_does()
         checked = taken_over(settings)
         # A thread that reads an adapter holds the interpreter for so long at most while a step waits for it.
         sys.setswitchinterval(SWITCH_S)
@@ -146,6 +147,8 @@ class EngineReplica:
         return replace(ref, path=str(folder))
 
     async def __del__(self) -> None:
+        if not hasattr(self, "_pins"):
+            return  # the constructor failed; Ray calls this all the same
         await self._pins.stop()
         await self._warmth.stop()
         await self._engine.close()

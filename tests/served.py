@@ -77,7 +77,7 @@ def served(
 
 def _environment(address: str | None) -> dict[str, str]:
     """A local Ray is started as users start it, with its token; a test's own cluster has none."""
-    inherited = {name: value for name, value in os.environ.items() if address or name != "RAY_AUTH_MODE"}
+    inherited = {name: value for name, value in os.environ.items() if address or not name.startswith("RAY_AUTH_")}
     return {**inherited, "COLUMNS": "200"}
 
 

@@ -54,14 +54,18 @@ class Lab:
         """Run to its end on ``host``; what it printed. Raises CalledProcessError."""
         inside = self._inside(host, name or f"{host}-{uuid.uuid4().hex[:6]}", command)
         return subprocess.run(
-            inside, env=_clean(env), check=True, capture_output=True, text=True, timeout=timeout_s
+            inside, env=_clean(env, self.folder), check=True, capture_output=True, text=True, timeout=timeout_s
         ).stdout
 
     def start(self, host: str, command: Sequence[str], env: Mapping[str, str]) -> None:
         """Start ``command`` as the first process of ``host``; whatever it starts ends with it."""
         log = open(self.folder / f"{host}.log", "ab")  # noqa: SIM115 - the process owns it
         self.processes[host] = subprocess.Popen(
-            self._inside(host, host, command), env=_clean(env), stdout=log, stderr=log, start_new_session=True
+            self._inside(host, host, command),
+            env=_clean(env, self.folder),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
     def kill(self, host: str) -> None:
@@ -147,9 +151,9 @@ def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
-def _clean(env: Mapping[str, str]) -> dict[str, str]:
+def _clean(env: Mapping[str, str], home: Path) -> dict[str, str]:
     """Nothing of the test's own environment but where programs are."""
     folder = Path(sys.executable).parent
-    found = {"HOME": "/root", "PATH": f"{folder}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HF_HUB_OFFLINE": "1"}
+    found = {"HOME": str(home), "PATH": f"{folder}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HF_HUB_OFFLINE": "1"}
     found["PYTHONPATH"] = str(Path(__file__).parents[2])
     return found | dict(env)

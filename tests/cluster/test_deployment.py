@@ -5,6 +5,7 @@ Then the head dies, and what the other machine holds goes on serving.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import threading
 import time
@@ -66,6 +67,12 @@ class Deployed:
     def applications(self) -> dict[str, Any]:
         return self._dashboard("GET").json()["applications"]
 
+    def has_dashboard(self) -> bool:
+        try:
+            return self._dashboard("GET").status_code == 200
+        except httpx.HTTPError:
+            return False
+
     def put(self) -> None:
         self._dashboard("PUT", json=yaml.safe_load((DEPLOY / "serve-config.yaml").read_text())).raise_for_status()
 
@@ -125,6 +132,7 @@ def deployed() -> Iterator[Deployed]:
             found.start_head()
             wait_until(found.is_healthy, 120)
             found.start_worker()
+            wait_until(found.has_dashboard, 120)
             found.put()
             wait_until(found.is_running, START_S)
             yield found
@@ -262,19 +270,21 @@ def test_serve_run_on_one_machine():
             "RAY_USAGE_STATS_ENABLED": "0",
             "LOOM_STATE_DIR": str(made.folder / "state"),
             "LOOM_STORE__URL": str(made.folder / "store"),
-            "LOOM_ENGINE__KIND": "fake",
-            "LOOM_ENGINE__OPTIONS": "{}",
+            "LOOM_BASE__PATH": str(paths.BASE),
             "LOOM_ENGINES__NUM_GPUS": "0",
+            "LOOM_ENGINES__NUM_CPUS": "1",
             "LOOM_AUTH__REQUIRED": "false",
         }
-        made.start("solo", ["serve", "run", "serve.app:build_app", "config=/etc/loom/loom.yaml"], env)
-        url = f"http://{made.address(HEAD)}:8000"
+        made.start("solo", ["serve", "run", "--name", "loom", "serve.app:build_app", "config=/etc/loom/loom.yaml"], env)
+        # Such a Ray Serve listens on loopback.
+        body = {"model": "qwen2-vl", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+        headers = ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
+        command = ["curl", "-sf", "http://127.0.0.1:8000/v1/chat/completions", *headers]
 
         def answers() -> bool:
-            body = {"model": "qwen2-vl", "messages": [{"role": "user", "content": "Hello"}]}
             try:
-                return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).status_code == 200
-            except httpx.HTTPError:
+                return bool(json.loads(made.run("solo", command, env))["choices"])
+            except subprocess.CalledProcessError:
                 return False
 
         wait_until(answers, START_S)

@@ -10,6 +10,7 @@ from ipaddress import ip_address
 import psutil
 import pytest
 
+from serve.ray_environment import LOOPBACK_ONLY
 from tests.served import Served
 
 INTRUDER = """
@@ -30,7 +31,7 @@ def control_store(fake: Served) -> str:
 
 def intrude(address: str, **env: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    kept |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_rpc_server_connect_timeout_s": "5", "HOME": "/nonexistent", **env}
+    kept |= {"RAY_USAGE_STATS_ENABLED": "0", LOOPBACK_ONLY: "0", "HOME": "/nonexistent", **env}
     command = [sys.executable, "-c", INTRUDER, address]
     return subprocess.run(command, env=kept, capture_output=True, text=True, timeout=120)
 
@@ -57,9 +58,8 @@ def test_who_has_no_token_runs_nothing(fake: Served, env: dict[str, str]):
 
 def test_the_token_is_the_services_own(fake: Served):
     """Its environment has one, and with it Ray answers: it is the token that the intruder lacked."""
-    token = psutil.Process(fake.process.pid).environ().get("RAY_AUTH_TOKEN")
-    own = [process.environ().get("RAY_AUTH_TOKEN") for process in fake.family() if "ray::" in process.name()]
-    tokens = {one for one in [token, *own] if one}
-    assert len(tokens) == 1 and len(next(iter(tokens))) >= 43
-    ended = intrude(control_store(fake), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=tokens.pop())
+    store = next(process for process in fake.family() if process.name() == "gcs_server")
+    token = store.environ()["RAY_AUTH_TOKEN"]
+    assert len(token) >= 43
+    ended = intrude(control_store(fake), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
     assert "code ran" in ended.stdout, ended.stderr
