@@ -40,7 +40,8 @@ def engine_of(url: str) -> Engine:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
-    engine = create_engine(parsed, pool_timeout=POOL_LIMIT_S, connect_args=_limits(parsed))
+    engine = create_engine(parsed, pool_timeout=POOL_LIMIT_S, connect_args=_libpq(parsed))
+    event.listen(engine, "connect", _limit_postgres)
     event.listen(engine, "checkout", _ping_of(engine))
     return engine
 
@@ -109,22 +110,30 @@ class _Cut:
             self._is_over = True
 
 
-def _limits(url: URL) -> dict[str, Any]:
-    """libpq's parameters for the waits that the server or the kernel can end; what the URL says comes first."""
-    milliseconds = {
-        "lock_timeout": LOCK_LIMIT_S * 1000,
-        "statement_timeout": STATEMENT_LIMIT_S * 1000,
-        "idle_in_transaction_session_timeout": 2 * STATEMENT_LIMIT_S * 1000,
-    }
+def _libpq(url: URL) -> dict[str, Any]:
+    """libpq's limits for connecting and for a peer that is gone; what the URL says comes first."""
     wanted = {
         "connect_timeout": CONNECT_LIMIT_S,
-        "options": " ".join(f"-c {name}={value}" for name, value in milliseconds.items()),
         "keepalives_idle": CONNECT_LIMIT_S,
         "keepalives_interval": CONNECT_LIMIT_S,
         "keepalives_count": 2,
         "tcp_user_timeout": LOCK_LIMIT_S * 1000,
     }
     return {name: value for name, value in wanted.items() if name not in url.query}
+
+
+def _limit_postgres(connection: Any, record: Any) -> None:
+    """The server's own limits. Set here, since poolers refuse them in ``options`` of a connection's start."""
+    limits = {
+        "lock_timeout": LOCK_LIMIT_S,
+        "statement_timeout": STATEMENT_LIMIT_S,
+        "idle_in_transaction_session_timeout": 2 * STATEMENT_LIMIT_S,
+    }
+    with _deadline_of(connection, CONNECT_LIMIT_S), connection.cursor() as cursor:
+        for name, seconds in limits.items():
+            cursor.execute(f"SET SESSION {name} = '{seconds}s'")
+        connection.commit()
+    record.info["is_new"] = True
 
 
 def _ping_of(engine: Engine) -> Any:
@@ -139,10 +148,6 @@ def _ping_of(engine: Engine) -> Any:
         except (engine.dialect.loaded_dbapi.Error, DBAPIError) as error:
             # The pool drops this connection and the others of its age, and connects again.
             raise InvalidatePoolError("the connection was lost") from error
-
-    @event.listens_for(engine, "connect")
-    def _note(_: Any, record: Any) -> None:
-        record.info["is_new"] = True
 
     return ping
 
