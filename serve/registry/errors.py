@@ -52,6 +52,7 @@ _NOT_WRITABLE = {
     "53100": "its disk is full",
     "25006": "it is read-only",
 }
+_UNREACHABLE = {"SQLITE_CANTOPEN": "its file cannot be opened for writing"}
 _BUSY = {
     "SQLITE_BUSY": "another process holds its lock",
     "SQLITE_INTERRUPT": "it took too long",
@@ -84,13 +85,14 @@ def _is_trouble(error: DBAPIError) -> bool:
 
 def _typed(error: DBAPIError, is_commit: bool) -> RegistryUnavailable:
     code = _code(error)
-    if is_commit and code is None:  # the driver reports a lost connection without a code of the server's
+    # The driver reports a lost connection without a code of the server's; 57P.. is a server that shuts down.
+    if is_commit and (code is None or code.startswith("57P")):
         return RegistryOutcomeUnknown(
             "The connection to the registry's database was lost during a commit; the change may have been made. "
             "Check before you repeat it.",
             retry_after_s=RETRY_AFTER_S,
         )
-    kinds = ((RegistryNotWritable, _NOT_WRITABLE), (RegistryBusy, _BUSY))
+    kinds = ((RegistryNotWritable, _NOT_WRITABLE), (RegistryBusy, _BUSY), (RegistryUnavailable, _UNREACHABLE))
     for kind, reasons in kinds:
         for known, reason in reasons.items():
             if code is not None and code.startswith(known):  # SQLite's extended codes begin with the primary one

@@ -26,6 +26,8 @@ CLAIM_S = 60.0
 """A claim that is older is void if no process collects. It is not void at once, since a collector that lost its
 connection, and with it the lock, may still be deleting one entry."""
 
+FORGOTTEN_AFTER = timedelta(days=1)
+
 Clock = Callable[[], datetime]
 
 
@@ -92,12 +94,14 @@ class Holds:
             return  # the hold expires by itself; the error that is being raised says more
 
     def void_old_claims(self) -> None:
-        """Give up claims of a collector that died. Only for who holds the lock ``COLLECTING``."""
+        """Give up claims of a collector that died, and forget holds that ran out long ago. Only for who holds the lock
+        ``COLLECTING``."""
         now, margin = self._clock(), timedelta(seconds=CLAIM_S)
         # Claims from the future too: the clock was set back since.
         is_old = (GarbageRow.claimed_at < now - margin) | (GarbageRow.claimed_at > now + margin)
         with self._database.alone() as session:
             session.execute(update(GarbageRow).where(is_old).values(claimed_at=None))
+            session.execute(delete(HoldRow).where(HoldRow.expires_at < now - FORGOTTEN_AFTER))
 
 
 def _is_claimed(session: Session, version: str) -> bool:

@@ -19,7 +19,13 @@ from sqlalchemy.engine import make_url
 
 from serve.registry import connection, database
 from serve.registry.database import Database, connect
-from serve.registry.errors import RegistryBusy, RegistryNotWritable, RegistryTooNew, RegistryUnavailable
+from serve.registry.errors import (
+    RegistryBusy,
+    RegistryNotWritable,
+    RegistryOutcomeUnknown,
+    RegistryTooNew,
+    RegistryUnavailable,
+)
 from serve.registry.repository import Repository
 from serve.registry.schema import migrate
 from tests.unit.serve.conftest import new_database
@@ -301,6 +307,20 @@ def test_a_slow_statement_is_ended(url: str):
     with pytest.raises(RegistryUnavailable):
         within(SOON_S, read)
     assert Repository(reached).adapters() == {}
+
+
+def test_a_connection_that_is_lost_during_a_commit_leaves_the_outcome_open(proxied: tuple[str, Proxy]):
+    url, between = proxied
+    reached = Database(url)
+    with pytest.raises(RegistryOutcomeUnknown, match="may have been made"):
+        with reached.alone() as session:
+            session.execute(sa.text("INSERT INTO holds VALUES ('v', 'h', now())"))
+            between.drop()
+    with pytest.raises(RegistryUnavailable, match="nothing was changed") as lost:
+        with reached.alone() as session:
+            between.drop()
+            session.execute(sa.text("INSERT INTO holds VALUES ('w', 'h', now())"))
+    assert not isinstance(lost.value, RegistryOutcomeUnknown)
 
 
 def test_connections_that_are_cut_under_load_lose_nothing(proxied: tuple[str, Proxy]):
