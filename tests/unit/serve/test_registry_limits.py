@@ -3,6 +3,7 @@ a typed error, nothing is half written, and it recovers."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from serve.registry.errors import (
 )
 from serve.registry.repository import Repository
 from serve.registry.schema import migrate
+from tests.served import free_port
 from tests.unit.serve.conftest import new_database
 from tests.unit.serve.proxies import Proxy, proxy
 
@@ -356,3 +358,18 @@ def test_connections_that_are_cut_under_load_lose_nothing(proxied: tuple[str, Pr
             one.result(60)
     assert not unexpected, unexpected
     assert written and set(written) <= set(Repository(Database(url)).adapters())
+
+
+def test_a_start_says_why_the_registry_cannot_be_used(tmp_path: Path):
+    """Through the command, before Ray is started: what a replica raises there would not be shown."""
+    url = f"sqlite:///{tmp_path / 'registry.db'}"
+    engine = connect(url)
+    with engine.begin() as session:
+        session.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    config = tmp_path / "loom.yaml"
+    config.write_text(f"{{state_dir: {tmp_path}, server: {{port: {free_port()}}}, engine: {{kind: fake}}}}")
+    command = [sys.executable, "-m", "serve.cli", "serve", "--config", str(config)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "300"})
+    said = ran.stdout + ran.stderr
+    assert ran.returncode != 0 and "revision 9999" in said and "Traceback" not in said, said
