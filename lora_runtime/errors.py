@@ -24,6 +24,7 @@ LoomError
 │   └── DeadlineExceeded         the request ran out of time
 ├── VerificationFailed           a merge's result is not what it must be; nothing was published
 ├── StoreUnavailable             the store cannot be read or written now
+│   └── AdapterLost              a registered adapter's files are gone from the store, or damaged there
 └── EngineFault                  the engine itself failed
 
 Messages say what is wrong, where, and what to do. Facts ride along as
@@ -166,6 +167,10 @@ class VerificationFailed(LoomError):
 
 class StoreUnavailable(LoomError):
     """The store of adapters cannot be read or written now; nothing about the request explains it."""
+
+
+class AdapterLost(StoreUnavailable):
+    """A registered adapter's files are gone from the store, or damaged there; whoever asks for it cannot help it."""
 
 
 class EngineFault(LoomError):

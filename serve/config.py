@@ -151,9 +151,14 @@ class IntakeSettings(DeploymentSettings):
 
 
 class RegistrySettings(_Section):
-    """The database of adapters; None is SQLite in ``state_dir``, which serves the nodes of one machine only."""
+    """The database of adapters; None is SQLite in ``state_dir``, which serves the nodes of one machine only.
+
+    A gateway that could not read it for ``max_age_s`` is not ready, and honours no API keys until it can: a key may
+    have been revoked since. Where no keys are required, it goes on answering from what it read last.
+    """
 
     url: SecretUrl | None = None
+    max_age_s: float = Field(default=30.0, ge=2)
 
 
 class AuthSettings(_Section):

@@ -27,6 +27,7 @@ from serve.config import ConfigurationError, Settings
 from serve.jobs.cluster import stop_runner
 from serve.ray_environment import prepare
 from serve.ray_internals import listening, own_address
+from serve.registry.database import Database
 
 OBJECT_STORE_BYTES = 200 << 20
 """Ray's own default takes 30 % of memory; requests here carry a few images at most."""
@@ -49,6 +50,7 @@ def running(settings: Settings, *, address: str | None = None) -> Iterator[str]:
     """
     if address is None:
         _check_port(settings)
+        _check_registry(settings)
     connect(address, num_cpus=max(4, os.cpu_count() or 1))
     try:
         with _translated("Ray Serve could not start the application"):
@@ -135,6 +137,15 @@ def _check_reachable(address: str) -> None:
             f"The Ray cluster at '{address}' cannot be joined: {error.strerror or error}. Check --address, and "
             "that the cluster runs (`ray status`)."
         ) from error
+
+
+def _check_registry(settings: Settings) -> None:
+    """Raises StartFailed where the registry cannot be used: its own reason, which a replica's failure to start would
+    not show."""
+    try:
+        Database(settings.registry_url).close()
+    except LoomError as error:
+        raise StartFailed(error.message) from error
 
 
 def _check_port(settings: Settings) -> None:

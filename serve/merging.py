@@ -73,10 +73,10 @@ class Merging:
 
     async def get(self, identifier: str, identity: Identity) -> tuple[MergeJob, list[MergeUnit]]:
         """A job and its units. Raises NotFound, also for one whose result the key does not reach."""
-        job = await asyncio.to_thread(self._merges.get, identifier)
+        job, units = await asyncio.to_thread(self._merges.progress, identifier)
         if not identity.may_use(job.name):
             raise NotFound(f"There is no merge '{identifier[:64]}'.", near=[])
-        return job, await asyncio.to_thread(self._merges.units, job.id)
+        return job, units
 
     async def all(self, identity: Identity, *, limit: int, state: MergeState | None) -> list[MergeJob]:
         found = await asyncio.to_thread(self._merges.all, limit=limit, state=state)

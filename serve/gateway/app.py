@@ -76,8 +76,9 @@ def create_app(
     app = FastAPI(
         title="Loom", description=DESCRIPTION, version="1", lifespan=lifespan, redoc_url=None, responses=refused
     )
-    for routes in (chat, completions, classify, models, adapters, experiments, merges, management, pages, health):
+    for routes in (chat, completions, classify, models, adapters, experiments, merges, management, pages):
         app.include_router(routes.router(services))
+    app.include_router(health.router(services, follower))
     app.include_router(experiments.feedback_router(services))
     install_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=max_body_bytes, max_upload_bytes=max_upload_bytes)

@@ -24,7 +24,7 @@ from lora_runtime.errors import (
 )
 from serve.engine_client import EngineUnavailable
 from serve.identity import Forbidden, Unauthenticated
-from serve.registry.database import RegistryUnavailable
+from serve.registry.errors import RegistryStale, RegistryUnavailable
 from serve.schemas.common import ErrorBody, ErrorDetail
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ STATUS: tuple[tuple[type[LoomError], int, str], ...] = (
     (EngineUnavailable, 503, "server_error"),
     (StoreUnavailable, 503, "server_error"),
     (RegistryUnavailable, 503, "server_error"),
+    (RegistryStale, 503, "server_error"),
     (EngineFault, 500, "server_error"),
     (LoomError, 500, "server_error"),
 )

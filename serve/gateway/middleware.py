@@ -12,6 +12,7 @@ from lora_runtime.errors import AdapterTooLarge
 from serve.gateway.errors import error_response, plain_error
 from serve.identity import KeyRing, Unauthenticated
 from serve.limits import KeyLimits, RateLimited
+from serve.registry.errors import RegistryStale
 
 REQUEST_ID = "x-request-id"
 PROTECTED = "/v1/"
@@ -59,7 +60,8 @@ class HeaderLimitMiddleware:
 
 class IdentityMiddleware:
     """Says who asks, in ``request.state.identity``, before a byte of the body is read: 401 where nobody valid does,
-    429 beyond their limits. A request counts as running until its answer is sent, or its client gone."""
+    429 beyond their limits, 503 where the gateway cannot know which keys are valid. A request counts as running until
+    its answer is sent, or its client gone."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing, limits: KeyLimits) -> None:
         self._app = app
@@ -72,7 +74,7 @@ class IdentityMiddleware:
         try:
             identity = self._keys.identify(Headers(scope=scope).get("authorization", ""))
             leave = await self._limits.enter(identity)
-        except (Unauthenticated, RateLimited) as error:
+        except (Unauthenticated, RateLimited, RegistryStale) as error:
             return await error_response(error)(scope, receive, send)
         scope.setdefault("state", {})["identity"] = identity
         try:
