@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,29 +50,23 @@ BODIES: dict[tuple[str, str], Any] = {
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """A gateway with two adapters and a running experiment behind the alias ``live``."""
-    databases = new_database() if request.param == "postgresql" else None
     folder: Path = tmp_path_factory.mktemp("hostile")
     for name in ("shape", "french"):
         write_fake_adapter(folder / "adapters" / name, name=name, head=True)
-    app = gateway(
-        {
-            "state_dir": str(folder / "state"),
-            "registry": {"url": None if databases is None else databases.__enter__()},
-            "adapters": {
-                "roots": [str(folder / "adapters")],
-                "preload": {name: str(folder / "adapters" / name) for name in ("shape", "french")},
-            },
-        }
-    )
-    with TestClient(app, raise_server_exceptions=False) as running:
+    adapters = {
+        "roots": [str(folder / "adapters")],
+        "preload": {name: str(folder / "adapters" / name) for name in ("shape", "french")},
+    }
+    with ExitStack() as stack:
+        url = stack.enter_context(new_database()) if request.param == "postgresql" else None
+        app = gateway({"state_dir": str(folder / "state"), "registry": {"url": url}, "adapters": adapters})
+        running = stack.enter_context(TestClient(app, raise_server_exceptions=False))
         assert running.put("/v1/aliases/live", json={"target": "shape"}).status_code == 200
         made = running.post("/v1/experiments", json={**EXPERIMENT, "alias": "live", "name": "live", "conditions": []})
         assert made.status_code == 201, made.text
-        started = running.post("/v1/experiments/live/start", json={"reason": "go"})
+        started = running.post("/v1/experiments/live/run", json={"reason": "go"})
         assert started.status_code == 200, started.text
         yield running
-    if databases is not None:
-        databases.__exit__(None, None, None)
 
 
 TEXTS = st.text(st.characters(), max_size=6) | st.sampled_from(
@@ -112,7 +107,7 @@ def spoiled(draw: st.DrawFn) -> tuple[str, str, Any]:
 
 
 def path_with(template: str, name: str) -> str:
-    return template.replace("{name}", name).replace("{alias}", name).replace("{action}", "start")
+    return template.replace("{name}", name).replace("{alias}", name).replace("{action}", "run")
 
 
 def check(response: Any) -> None:
