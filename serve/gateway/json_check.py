@@ -14,6 +14,8 @@ from lora_runtime.errors import InvalidRequest
 MAX_STRUCTURE = 1 << 18
 """Of the characters ``,``, ``:``, ``[`` and ``{``, in strings too. A prompt of 131,072 token ids has half as many."""
 MAX_DEPTH = 64
+MAX_DIGITS = 64
+"""Of an integer: converting takes time that grows with the square of the digits."""
 MAX_KEYS = 512
 """Of one object. Each unknown key is an error of its own to pydantic."""
 MAX_SHOWN = 200
@@ -47,15 +49,19 @@ def check_json(body: bytes, *, allows_nul: bool) -> None:
 
 def _parsed(body: bytes) -> Any:
     try:
-        return json.loads(body.decode("utf-8-sig"))
+        return json.loads(body.decode("utf-8-sig"), parse_int=_integer)
     except UnicodeDecodeError as error:
         raise InvalidJson("The body is not valid UTF-8.") from error
     except json.JSONDecodeError as error:
         raise InvalidJson(f"The body is not valid JSON at character {error.pos}: {error.msg}.") from error
     except RecursionError as error:
         raise BodyTooComplex(f"The body is nested deeper than {MAX_DEPTH} levels.") from error
-    except ValueError as error:  # Python converts no integer of more than 4300 digits
-        raise BodyTooComplex("The body holds an integer with too many digits.") from error
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise BodyTooComplex(f"The body holds an integer of more than {MAX_DIGITS} digits.")
+    return int(digits)
 
 
 def _check_values(parsed: Any, allows_nul: bool) -> None:
