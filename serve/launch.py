@@ -21,6 +21,7 @@ from ray.serve.exceptions import RayServeException
 from serve.app import APP_NAME, application
 from serve.config import Settings
 from serve.jobs.cluster import stop_runner
+from serve.proxy import CALLBACK
 
 OBJECT_STORE_BYTES = 200 << 20
 """Ray's own default takes 30 % of memory; requests here carry a few images at most."""
@@ -103,5 +104,6 @@ def _prepare_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # On a busy machine a proxy takes longer to start than Ray's default of 5 s allows.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
+    os.environ.setdefault(*CALLBACK)
     # Requests carry images; Ray's default of 4 MB for messages between replicas is too small for them.
     os.environ.setdefault("RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH", str(MESSAGE_BYTES))
