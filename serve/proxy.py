@@ -11,6 +11,8 @@ import json
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.heads import bound_heads
+
 CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.proxy.middlewares")
 """The environment variable, and its value."""
 
@@ -21,6 +23,8 @@ READ = frozenset({b"x-request-id", b"x-session-id"})
 
 
 def middlewares() -> list[Middleware]:
+    """Called once in each proxy's process, before it listens."""
+    bound_heads()
     return [Middleware(HeaderMiddleware)]
 
 
