@@ -11,7 +11,7 @@ import json
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.heads import bound_heads
+from serve.connections import bound_connections
 
 CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.proxy.middlewares")
 """The environment variable, and its value."""
@@ -24,7 +24,7 @@ READ = frozenset({b"x-request-id", b"x-session-id"})
 
 def middlewares() -> list[Middleware]:
     """Called once in each proxy's process, before it listens."""
-    bound_heads()
+    bound_connections()
     return [Middleware(HeaderMiddleware)]
 
 

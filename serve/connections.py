@@ -1,6 +1,7 @@
-"""Heads of HTTP requests within limits: uvicorn reads one of any size, for any time, and Ray Serve has no setting.
+"""HTTP connections within limits. uvicorn reads a head of any size for any time, and waits without end for a client to
+read its answer; Ray Serve has no setting for either.
 
-Without it, connections whose heads never end hold file descriptors, and memory, of the proxy without a key.
+Such connections, which need no key, would hold the proxy's memory and file descriptors, and an answer's place.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ MAX_HEAD_BYTES = 256 << 10
 """Beyond the first packet. Far over ``server.max_header_bytes``, over which the gateway answers 431."""
 
 
-class BoundedHeads(HttpToolsProtocol):
-    """uvicorn's protocol, which closes the connection of a head that is too large or too slow."""
+STALL_TIMEOUT_S = 60.0
+"""For a client to read some of what fills the buffers. One that does not is dropped, and its request ends."""
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """uvicorn's protocol, which closes connections whose head is too large or too slow, or that nobody reads from."""
 
     _in_head = False
     _head_bytes = 0
     _head_timeout: asyncio.TimerHandle | None = None
+    _stall_timeout: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -29,7 +35,16 @@ class BoundedHeads(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._reads_again()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall_timeout = self.loop.call_later(STALL_TIMEOUT_S, self.transport.abort)  # close() would wait too
+
+    def resume_writing(self) -> None:
+        self._reads_again()
+        super().resume_writing()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -58,7 +73,12 @@ class BoundedHeads(HttpToolsProtocol):
             self._head_timeout.cancel()
             self._head_timeout = None
 
+    def _reads_again(self) -> None:
+        if self._stall_timeout is not None:
+            self._stall_timeout.cancel()
+            self._stall_timeout = None
 
-def bound_heads() -> None:
+
+def bound_connections() -> None:
     """Have every uvicorn server that this process starts from now on, and that chooses its protocol itself, do so."""
-    uvicorn.protocols.http.auto.AutoHTTPProtocol = BoundedHeads
+    uvicorn.protocols.http.auto.AutoHTTPProtocol = BoundedHttp

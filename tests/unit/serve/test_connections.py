@@ -1,4 +1,4 @@
-"""Heads of requests: too slow, too large, and as they should be, on a server of uvicorn's as Ray Serve starts it."""
+"""Connections that are too slow, too large, never read, and as they should be, on uvicorn as Ray Serve starts it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import uvicorn
 import uvicorn.protocols.http.auto
 from starlette.types import Receive, Scope, Send
 
-from serve import heads
+from serve import connections
 from serve.proxy import middlewares
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     """Answers with the length of the body, once it is there; what is below /now is answered at once."""
     size = 0
+    if scope["path"] == "/endless":
+        return await pour(receive, send)
     while scope["path"] != "/now":
         message = await receive()
         size += len(message["body"])
@@ -27,10 +29,28 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"%8d" % size})
 
 
+async def pour(receive: Receive, send: Send) -> None:
+    """Sends for as long as the client is there."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await receive()
+    gone = asyncio.create_task(receive())
+    while not gone.done():
+        await send({"type": "http.response.body", "body": b"a" * 65536, "more_body": True})
+        await asyncio.sleep(0)
+    Poured.ended.set()
+
+
+class Poured:
+    """When the last endless answer was given up."""
+
+    ended: asyncio.Event
+
+
 @pytest.fixture
 def patience_s(monkeypatch: pytest.MonkeyPatch) -> float:
     monkeypatch.setattr(uvicorn.protocols.http.auto, "AutoHTTPProtocol", uvicorn.protocols.http.auto.AutoHTTPProtocol)
-    monkeypatch.setattr(heads, "HEAD_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(connections, "STALL_TIMEOUT_S", 0.4)
     middlewares()
     return 0.4
 
@@ -72,7 +92,7 @@ async def test_a_head_that_dribbles_is_closed(patience_s: float):
 
 
 async def test_a_head_that_grows_without_end_is_closed(patience_s: float, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(heads, "HEAD_TIMEOUT_S", 600)
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 600)
     async with server() as port:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n")
@@ -109,3 +129,25 @@ async def test_a_large_head_in_time_is_answered(patience_s: float):
         writer.write(b"GET /now HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 200_000 + b"\r\n\r\n")
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
         writer.close()
+
+
+async def test_a_client_that_never_reads_is_dropped_and_its_request_ends(patience_s: float):
+    Poured.ended = asyncio.Event()
+    async with server() as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.write(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.wait_for(Poured.ended.wait(), 30)
+        writer.close()
+
+
+async def test_a_client_that_reads_slowly_is_kept(patience_s: float):
+    Poured.ended = asyncio.Event()
+    async with server() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+        writer.write(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+        for _ in range(20):
+            assert len(await reader.readexactly(1 << 20)) == 1 << 20
+            await asyncio.sleep(patience_s / 4)
+        assert not Poured.ended.is_set()
+        writer.close()
+        await asyncio.wait_for(Poured.ended.wait(), 30)
