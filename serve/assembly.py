@@ -113,6 +113,7 @@ def gateway_app(settings: Settings, engines: EngineClient, ensure_runner: Callab
             timeout_s=settings.server.body_timeout_s,
             bytes_per_s=settings.server.body_bytes_per_s,
             max_arriving=max(1, settings.gateways.max_ongoing_requests // 2),
+            max_held_bytes=max(settings.server.max_bodies_bytes, settings.server.max_body_bytes),
         ),
         collect_every_s=settings.store.collect_every_s,
         preload=settings.adapters.preload,

@@ -7,7 +7,7 @@ must not be waited for longer than seconds.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from fastapi.routing import APIRoute
@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.errors import InvalidRequest, Overloaded
 from serve.gateway.errors import error_response
 from serve.gateway.json_check import check_json
 from serve.gateway.receiving import Arriving, BodyLimits, BodyTimeout, BodyTooLarge, replayed, too_large, without_body
@@ -35,6 +35,7 @@ class BodyMiddleware:
         self._routes = routes
         self._limits = limits
         self._under_way: dict[Arriving, None] = {}
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,14 +50,15 @@ class BodyMiddleware:
         arriving = Arriving(receive, self._limits, limit, is_upload=is_upload)
         if is_upload:
             return await self._app(scope, arriving, send)
-        try:
-            body = await self._whole(arriving)
-            if body is None:
-                return None
-            check_json(body, allows_nul=scope["path"] in PROMPTS)
-        except (BodyTooLarge, BodyTimeout, InvalidRequest) as error:
-            return await error_response(error)(scope, receive, send)
-        await self._app(scope, replayed(body, receive), send)
+        with self._holding() as hold:
+            try:
+                body = await self._whole(arriving, hold)
+                if body is None:
+                    return None
+                check_json(body, allows_nul=scope["path"] in PROMPTS)
+            except (BodyTooLarge, BodyTimeout, InvalidRequest, Overloaded) as error:
+                return await error_response(error)(scope, receive, send)
+            await self._app(scope, replayed(body, receive), send)
 
     def _takes_body(self, scope: Scope) -> bool:
         for route in self._routes:
@@ -64,8 +66,8 @@ class BodyMiddleware:
                 return route.body_field is not None or "requestBody" in (route.openapi_extra or {})
         return False
 
-    async def _whole(self, arriving: Arriving) -> bytes | None:
-        """The body; None where the client left."""
+    async def _whole(self, arriving: Arriving, hold: Callable[[int], None]) -> bytes | None:
+        """The body, of whose every part ``hold`` is told; None where the client left."""
         chunks: list[bytes] = []
         with self._counted(arriving):
             while True:
@@ -73,19 +75,45 @@ class BodyMiddleware:
                 if message["type"] == "http.disconnect":
                     return None
                 chunks.append(message.get("body", b""))
+                hold(len(chunks[-1]))
                 if not message.get("more_body", False):
                     return b"".join(chunks)
 
     @contextmanager
     def _counted(self, arriving: Arriving) -> Iterator[None]:
-        if len(self._under_way) >= self._limits.max_arriving and (oldest := next(iter(self._under_way))).is_slow:
-            del self._under_way[oldest]
-            oldest.give_up()
+        if len(self._under_way) >= self._limits.max_arriving:
+            self._end_oldest()
         self._under_way[arriving] = None
         try:
             yield
         finally:
             self._under_way.pop(arriving, None)
+
+    @contextmanager
+    def _holding(self) -> Iterator[Callable[[int], None]]:
+        """Count bytes as held until the context's end. Calls raise Overloaded where there is no memory for more."""
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            held += size
+            self._held_bytes += size
+            if self._held_bytes > self._limits.max_held_bytes and not self._end_oldest():
+                raise Overloaded("The gateway holds as many large bodies as it may; try again.", retry_after_s=1)
+
+        try:
+            yield hold
+        finally:
+            self._held_bytes -= held
+
+    def _end_oldest(self) -> bool:
+        """Give up the body that has been under way the longest, if it is slow. Whether there is one."""
+        oldest = next(iter(self._under_way), None)
+        if oldest is None or not oldest.is_slow:
+            return False
+        del self._under_way[oldest]
+        oldest.give_up()
+        return True
 
 
 def _is_upload(scope: Scope) -> bool:

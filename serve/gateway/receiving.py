@@ -26,8 +26,10 @@ class BodyLimits:
     """``max_bytes`` of an ordinary body and ``max_upload_bytes`` of an uploaded adapter may be sent.
 
     ``timeout_s``: the longest wait for the next bytes. Beyond that much in all, a body must have come at
-    ``bytes_per_s`` on average. While ``max_arriving`` ordinary bodies are under way, each new one ends the oldest if
-    that is slow.
+    ``bytes_per_s`` on average.
+
+    Ordinary bodies stay in memory until their requests end, ``max_held_bytes`` of them. When these are taken, or
+    ``max_arriving`` bodies are under way, the oldest that is slow is given up for the next.
     """
 
     max_bytes: int
@@ -35,6 +37,7 @@ class BodyLimits:
     timeout_s: float
     bytes_per_s: float
     max_arriving: int
+    max_held_bytes: int
 
 
 class Arriving:

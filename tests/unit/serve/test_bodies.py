@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from fastapi import FastAPI, Request
@@ -12,10 +14,15 @@ from starlette.types import Message
 from lora_runtime.errors import AdapterTooLarge
 from serve.gateway.bodies import BodyMiddleware
 from serve.gateway.errors import install_handlers
+from serve.gateway.middleware import IdentityMiddleware
 from serve.gateway.receiving import Arriving, BodyLimits, BodyTimeout, BodyTooLarge
+from serve.identity import Identity, KeyRecord, KeyRing, Scope, digest_of, new_key
+from serve.limits import KeyLimits
 from serve.schemas.management import RegisterRequest
 
-LIMITS = BodyLimits(max_bytes=1000, max_upload_bytes=5000, timeout_s=0.2, bytes_per_s=1000.0, max_arriving=2)
+LIMITS = BodyLimits(
+    max_bytes=1000, max_upload_bytes=5000, timeout_s=0.2, bytes_per_s=1000.0, max_arriving=2, max_held_bytes=1500
+)
 
 
 class Client:
@@ -142,8 +149,7 @@ async def test_a_body_that_is_too_large(declared: str):
 
 
 async def test_when_many_are_slow_the_oldest_makes_room():
-    patient = BodyLimits(max_bytes=1000, max_upload_bytes=1000, timeout_s=60, bytes_per_s=1000, max_arriving=2)
-    served = app(patient)
+    served = app(replace(LIMITS, timeout_s=60))
     slow = [Client([(0, b"{")], ends=False) for _ in range(2)]
     waiting = [asyncio.create_task(ask(served, "POST", "/v1/adapters", client)) for client in slow]
     await asyncio.sleep(0)
@@ -184,3 +190,48 @@ async def test_giving_up_ends_the_wait_under_way_and_the_next():
         await waiting
     with pytest.raises(BodyTimeout, match="short of places"):
         await arriving()
+
+
+LARGE = b'{"name": "a", "path": "' + b"x" * 900 + b'"}'
+
+
+async def test_bodies_in_memory_are_bounded_and_released():
+    served = app(replace(LIMITS, timeout_s=60))
+    first = Client([(0, LARGE)], ends=False)
+    waiting = asyncio.create_task(ask(served, "POST", "/v1/adapters", first))
+    await asyncio.sleep(0.01)
+    assert (await ask(served, "POST", "/v1/adapters", Client([(0, LARGE)]))).status == 429
+    await asyncio.sleep(1.2)
+    second = await ask(served, "POST", "/v1/adapters", Client([(0, LARGE)]))
+    assert second.status == 200, "the first has become slow, and made room"
+    await waiting
+    assert first.status == 408
+    for _ in range(3):
+        assert (await ask(served, "POST", "/v1/adapters", Client([(0, LARGE)]))).status == 200
+
+
+async def test_a_body_that_stalls_gives_its_keys_place_back():
+    served = app()
+    identifier, key = new_key()
+    identity = Identity(id=identifier, name="ada", scopes=frozenset(Scope), max_concurrent=1)
+    record = KeyRecord(identity=identity, digest=digest_of(key), created_at=datetime.now(UTC))
+    keys = KeyRing(lambda: [record], is_required=True)
+    keys.reload()
+    served.add_middleware(IdentityMiddleware, keys=keys, limits=KeyLimits("memory://"))
+    said = {"authorization": f"Bearer {key}"}
+    stalled = Client([(0, b"{")], ends=False)
+    waiting = asyncio.create_task(ask(served, "POST", "/v1/adapters", stalled, **said))
+    await asyncio.sleep(0.05)
+    assert (await ask(served, "POST", "/v1/adapters", Client([(0, LARGE)]), **said)).status == 429
+    await waiting
+    assert stalled.status == 408
+    assert (await ask(served, "POST", "/v1/adapters", Client([(0, LARGE)]), **said)).status == 200
+
+
+async def test_nobody_without_a_key_has_a_body_read():
+    served = app()
+    served.add_middleware(
+        IdentityMiddleware, keys=KeyRing(list, is_required=True), limits=KeyLimits("memory://")
+    )  # fmt: skip
+    client = await ask(served, "POST", "/v1/adapters", Client(ends=False))
+    assert (client.status, client.asked) == (401, 0)

@@ -142,7 +142,7 @@ def test_an_address_that_does_not_answer_is_no_fault_of_the_request(tmp_path: Pa
 
 def test_a_refusal_names_what_is_allowed_and_no_preloaded_folder(root: Path, tmp_path: Path):
     sources = Sources([root], ["s3://ours/adapters"], max_bytes=1000, preloaded=[tmp_path / "private"])
-    with pytest.raises(InvalidRequest, match="adapters.roots") as found:
+    with pytest.raises(InvalidRequest, match=r"adapters\.roots") as found:
         sources.folder("/etc")
     assert str(root) in str(found.value) and "private" not in str(found.value)
     with pytest.raises(InvalidRequest, match="s3://ours/adapters"):
