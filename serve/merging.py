@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_runtime.errors import InvalidRequest, LoomError, NotFound
 from lora_runtime.merge.job import JobRecipe, Plan, refused
+from lora_runtime.store.sources import listed
 from serve.catalog import Catalog
 from serve.engine_client import EngineClient
 from serve.identity import Identity, Reachable
@@ -117,7 +118,9 @@ class Merging:
             raise InvalidRequest("The path of the examples cannot be resolved.", param="search.examples") from error
         if not any(path.is_relative_to(root) for root in self._roots):
             raise InvalidRequest(
-                "Examples must lie in one of the folders that merges.roots allows.", param="search.examples"
+                "The path of the examples is outside the folders that they may be read from (setting merges.roots): "
+                f"{listed(self._roots)}.",
+                param="search.examples",
             )
         return recipe.model_copy(update={"search": spec.model_copy(update={"examples": str(path)})})
 
