@@ -192,7 +192,9 @@ class EmbeddedEngine:
         refs = [ref for ref in request.adapters if ref.weight != 0]
         self._loop.slots.check_fits(ref.version for ref in refs)
         loop = asyncio.get_running_loop()
-        preparing = loop.run_in_executor(self._executor, self._prompts.prepare, request.prompt)
+        preparing = loop.run_in_executor(
+            self._executor, self._prompts.prepare, request.prompt, self._runner.max_model_len
+        )
         try:
             async with asyncio.timeout(None if deadline is None else max(deadline - time.monotonic(), 0)):
                 reading = asyncio.gather(*(self._host.get(ref) for ref in refs))

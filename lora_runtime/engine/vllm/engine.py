@@ -299,7 +299,8 @@ class VllmEngine:
         for ref in refs:
             await self._outline(ref)
         loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._executor, self._prompts.prepare, request.prompt)
+        limit = self.info.max_model_len
+        prepared = await loop.run_in_executor(self._executor, self._prompts.prepare, request.prompt, limit)
         return prepared.scoped(request.cache_scope), {ref.version: self._known[ref.version] for ref in refs}
 
     async def _outline(self, ref: AdapterRef) -> None:
