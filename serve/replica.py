@@ -21,6 +21,7 @@ from lora_runtime.engine.protocol import (
     EngineStats,
     GenerateRequest,
     TokenEvent,
+    summed,
 )
 from lora_runtime.errors import DeadlineExceeded, LoomError, Overloaded
 from lora_runtime.store.factory import local_path
@@ -122,7 +123,6 @@ class EngineReplica:
         """
         given_up = asyncio.Event()
         begun = time.monotonic()
-        tenant = "+".join(sorted(ref.version for ref in request.adapters))
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(request.timeout_s):
@@ -131,7 +131,7 @@ class EngineReplica:
                     if request.is_spare:
                         given_up = stack.enter_context(self._turns.spare(cost))
                     else:
-                        await stack.enter_async_context(self._turns.turn(tenant, cost))
+                        await stack.enter_async_context(self._turns.turn(request.caller, summed(request.adapters), cost))
                     span.add_event("turn")
             except TimeoutError as error:
                 raise DeadlineExceeded("The request ran out of time waiting for its turn.", retry_after_s=1) from error

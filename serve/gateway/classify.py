@@ -60,6 +60,7 @@ async def _classified(
             timeout_s=services.timeout_s,
             cache_scope=services.cache_scope(identity),
             trace=traceparent(),
+            caller=identity.id,
         )
         begun, status, usage = time.monotonic(), 200, Usage(prompt_tokens=0, completion_tokens=0)
         dispatch.dispatched()

@@ -116,6 +116,7 @@ class Services:
                 timeout_s=self.timeout_s,
                 cache_scope=self.cache_scope(identity),
                 trace=traceparent(),
+                caller=identity.id,
             )
             dispatch.dispatched()
             generation = Generation(self, route, dispatch, request)
