@@ -23,7 +23,7 @@ from lora_runtime.engine.protocol import (
     TokenEvent,
     summed,
 )
-from lora_runtime.errors import DeadlineExceeded, LoomError, Overloaded
+from lora_runtime.errors import DeadlineExceeded, LoomError, Overloaded, TurnTimeout
 from lora_runtime.store.factory import local_path
 from serve.background import ended
 from serve.config import Settings
@@ -119,22 +119,26 @@ class EngineReplica:
         """The request as the engine takes it: files at hand, its turn come, and the time that is left; and an event
         that is set when it is to be given up, as only spare ones are.
 
-        Raises Overloaded, DeadlineExceeded, and as ``LocalCopies.folder_of``.
+        Raises Overloaded, TurnTimeout, DeadlineExceeded while files are fetched, and as ``LocalCopies.folder_of``.
         """
         given_up = asyncio.Event()
         begun = time.monotonic()
+        out_of_time: type[DeadlineExceeded] = DeadlineExceeded
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(request.timeout_s):
                     # Before its turn, so that nobody waits behind a slow bucket.
                     adapters = await asyncio.gather(*(self._brought(ref) for ref in request.adapters))
+                    out_of_time = TurnTimeout
                     if request.is_spare:
                         given_up = stack.enter_context(self._turns.spare(cost))
                     else:
-                        await stack.enter_async_context(self._turns.turn(request.caller, summed(request.adapters), cost))
+                        await stack.enter_async_context(
+                            self._turns.turn(request.caller, summed(request.adapters), cost)
+                        )
                     span.add_event("turn")
             except TimeoutError as error:
-                raise DeadlineExceeded("The request ran out of time waiting for its turn.", retry_after_s=1) from error
+                raise out_of_time("The request ran out of time waiting for its turn.", retry_after_s=1) from error
             left = None if request.timeout_s is None else request.timeout_s - (time.monotonic() - begun)
             yield replace(request, adapters=tuple(adapters), timeout_s=left), given_up
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from lora_runtime.engine.protocol import Classification, ClassifyRequest, Prompt, Usage
 from lora_runtime.errors import LoomError
+from serve.experiments.blame import Blame
 from serve.gateway.access import Who, needs
 from serve.gateway.dispatch import Dispatch
 from serve.gateway.errors import CLIENT_LEFT, error_body
@@ -63,16 +64,17 @@ async def _classified(
             caller=identity.id,
         )
         begun, status, usage = time.monotonic(), 200, Usage(prompt_tokens=0, completion_tokens=0)
+        blame: Blame | None = None
         dispatch.dispatched()
         try:
             found = await services.engines.classify(call)
         except LoomError as error:
             if dispatch.falls_back(error, target):
                 continue
-            status = error_body(error)[0]
+            status, blame = error_body(error)[0], dispatch.blame(error)
             raise
         except asyncio.CancelledError:
-            status = CLIENT_LEFT
+            status, blame = CLIENT_LEFT, dispatch.blame(None)
             raise
         else:
             usage = found.usage
@@ -84,5 +86,5 @@ async def _classified(
             seconds = time.monotonic() - begun
             if dispatch.target == target:
                 services.metrics.answered(ROUTE, target, status, seconds)
-                services.begins(dispatch)
-                dispatch.ended(status, seconds if status == 200 else None, 0.0, usage)
+                services.begins(dispatch, blame)
+                dispatch.ended(status, seconds if status == 200 else None, 0.0, usage, blame)
