@@ -14,6 +14,7 @@ from serve.gateway.access import Who, needs
 from serve.gateway.dispatch import Dispatch
 from serve.gateway.errors import CLIENT_LEFT, error_body
 from serve.gateway.generation import Services, total
+from serve.gateway.prompt_size import check_pieces
 from serve.identity import Identity, Scope
 from serve.schemas.management import ClassifyAnswer, ClassifyBody, ClassifyResult, LabelScore
 from serve.tracing import traceparent
@@ -51,6 +52,7 @@ async def _classified(
     services: Services, identity: Identity, dispatch: Dispatch, prompt: Prompt, head: str | None
 ) -> Classification:
     """By the target, or by what the alias means where an arm cannot serve. Counts the request however it ends."""
+    check_pieces(prompt)
     while True:
         target = dispatch.target
         call = ClassifyRequest(

@@ -26,6 +26,7 @@ from serve.experiments.recorder import Recorder
 from serve.gateway.dispatch import Dispatch, forced_variant, subject_of
 from serve.gateway.errors import CLIENT_LEFT, error_body
 from serve.gateway.fetching import ImageFetcher
+from serve.gateway.prompt_size import check_pieces
 from serve.gateway.shadowing import Shadows
 from serve.identity import Identity, Reachable
 from serve.merging import Merging
@@ -109,6 +110,7 @@ class Services:
     ) -> Generation:
         """Send a request and wait for its first events, so that what goes wrong until then has a status code, and an
         arm that cannot serve is left for what the alias means."""
+        check_pieces(prompt)
         while True:
             target = dispatch.target
             request = GenerateRequest(

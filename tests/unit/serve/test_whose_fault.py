@@ -45,6 +45,7 @@ from serve.engine_client import EngineUnavailable, Events
 from serve.experiments.analysis import ArmEvidence
 from serve.experiments.blame import Blame, blame_of
 from serve.experiments.definition import ERROR_RATE
+from serve.gateway.prompt_size import MAX_IDS, MAX_PARTS
 from serve.intake import Admitted, Named, Source
 from serve.intake_replica import IntakeReplica
 from serve.registry.database import Database
@@ -53,6 +54,7 @@ from serve.registry.experiments import Experiments
 from tests.fakes import write_fake_adapter
 
 LONG = "word " * 300
+IN_PIECES = [{"role": "user", "content": [{"type": "text", "text": "x"}] * 200}] * (MAX_PARTS // 200 + 1)
 
 
 @pytest.fixture(autouse=True)
@@ -221,6 +223,9 @@ BY_REQUEST: dict[str, tuple[int, Ask]] = {
     ),
     "an option that is not served": (400, lambda w: w.complete("new", logit_bias={"1": 1})),
     "a prompt without text": (400, lambda w: w.complete("new", prompt=[])),
+    "a chat in too many parts": (400, lambda w: w.chat("new", "", messages=IN_PIECES)),
+    "a chat to classify in too many parts": (400, lambda w: w.classify("new", input=None, messages=IN_PIECES)),
+    "too many token ids": (400, lambda w: w.complete("new", prompt=[1] * (MAX_IDS + 1))),
 }
 """What a request can be refused for, with its status."""
 
