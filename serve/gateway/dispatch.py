@@ -27,12 +27,9 @@ from serve.experiments.definition import NAME_PATTERN
 from serve.experiments.events import Exposure, Outcome, Trial
 from serve.experiments.recorder import Recorder
 from serve.identity import Identity, Scope
+from serve.registry.evidence import FAULT
 from serve.schemas.common import TargetedBody
 from serve.targets import Target
-
-FAULT = 500
-"""The least status of an outcome that counts as an error of its arm."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Part:
