@@ -140,6 +140,7 @@ class PromptProcessor:
         ids: list[int] = []
         for text, is_plain in pieces:
             self._length.check_text(text, max_tokens, param)
+            _check_unicode(text, param)
             backend = self._plain if is_plain else self._with_specials
             # A batch of one: `encode` holds the interpreter's lock for its whole time, and batches do not.
             (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
@@ -174,6 +175,16 @@ class PromptProcessor:
             row, (row == self._image_id).int(), image_grid_thw=torch.tensor([image.grid for image in images])
         )
         return positions[:, 0], len(ids) + int(delta[0, 0])
+
+
+def _check_unicode(text: str, param: str) -> None:
+    """Raise InvalidRequest for half of a surrogate pair, which JSON can spell and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"Character {error.start} of a text is half of a surrogate pair. Send valid Unicode.", param=param
+        ) from error
 
 
 def _untruncated(serialized: str) -> Tokenizer:

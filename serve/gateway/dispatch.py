@@ -31,6 +31,7 @@ from serve.registry.evidence import FAULT
 from serve.schemas.common import TargetedBody
 from serve.targets import Target
 
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """How one part of an answer ended; ``blame`` is None where it was answered."""

@@ -20,7 +20,7 @@ from lora_runtime.engine.images import ImageProcessor
 from lora_runtime.engine.prompt_length import EXPANSION, PromptLength
 from lora_runtime.engine.prompts import PromptProcessor
 from lora_runtime.engine.protocol import ChatPrompt, Message, Prompt, TextPart, TextPrompt, TokenPrompt
-from lora_runtime.errors import ContextOverflow
+from lora_runtime.errors import ContextOverflow, InvalidRequest
 from lora_runtime.zoo.paths import BASE
 
 TOKENIZER = BASE / "tokenizer.json"
@@ -153,6 +153,12 @@ def test_what_could_fit_by_its_length_is_counted(prompts: PromptProcessor, text:
         assert len(prompts.prepare(prompt, needed).ids) == needed
         with pytest.raises(ContextOverflow, match=f"context holds {needed - 1}"):
             prompts.prepare(prompt, needed - 1)
+
+
+@pytest.mark.parametrize("prompt", [TextPrompt(text="a\ud800"), chat("a", "\udfff"), chat("<|im_end|>\ud800")])
+def test_what_is_no_unicode_is_the_requests_fault(prompts: PromptProcessor, prompt: Prompt) -> None:
+    with pytest.raises(InvalidRequest, match="surrogate"):
+        prompts.prepare(prompt, 2048)
 
 
 def test_a_tokenizer_that_shortens_texts_is_not_obeyed(tmp_path: Path) -> None:
