@@ -46,11 +46,13 @@ from serve.experiments.analysis import ArmEvidence
 from serve.experiments.blame import Blame, blame_of
 from serve.experiments.definition import ERROR_RATE
 from serve.gateway.prompt_size import MAX_IDS, MAX_PARTS
+from serve.identity import Scope
 from serve.intake import Admitted, Named, Source
 from serve.intake_replica import IntakeReplica
 from serve.registry.database import Database
 from serve.registry.evidence import EvidenceReader
 from serve.registry.experiments import Experiments
+from serve.registry.keys import Keys
 from tests.fakes import write_fake_adapter
 
 LONG = "word " * 300
@@ -66,8 +68,9 @@ def _writes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 class ScriptedEngines:
     """Implements :class:`serve.engine_client.EngineClient` by a fake engine that fails where it is told to.
 
-    ``failing``: an adapter's name, or None for all targets, and its error: raised before the first tokens or, in
-    ``breaking``, after them. ``hangs``: before the first tokens, until it is cancelled.
+    ``calls``: of each request its caller and whether it is a copy. ``failing``: an adapter's name, or None for all
+    targets, and its error: raised before the first tokens or, in ``breaking``, after them. ``hangs``: before the first
+    tokens, until it is cancelled.
     """
 
     engine: FakeEngine
@@ -75,7 +78,7 @@ class ScriptedEngines:
     failing: dict[str | None, LoomError] = field(default_factory=dict)
     breaking: dict[str | None, LoomError] = field(default_factory=dict)
     hangs: bool = False
-    callers: set[str] = field(default_factory=set)
+    calls: set[tuple[str, bool]] = field(default_factory=set)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Events]:
         self._fail(self.failing, request)
@@ -90,7 +93,7 @@ class ScriptedEngines:
         return await self.engine.classify(request)
 
     def _fail(self, errors: dict[str | None, LoomError], request: GenerateRequest | ClassifyRequest) -> None:
-        self.callers.add(request.caller)
+        self.calls.add((request.caller, request.is_spare))
         for name in (None, *(ref.name for ref in request.adapters)):
             if name in errors:
                 raise errors[name]
@@ -152,7 +155,13 @@ class World:
 
 @asynccontextmanager
 async def world(
-    folder: Path, *, heads: tuple[str, ...] = ("old", "new"), num_units: int = 1, **definition: Any
+    folder: Path,
+    *,
+    heads: tuple[str, ...] = ("old", "new"),
+    num_units: int = 1,
+    has_keys: bool = False,
+    begun_by: str = "run",
+    **definition: Any,
 ) -> AsyncIterator[World]:
     """With ``num_units`` units of each arm, who have asked for nothing yet."""
     for name in ("old", "new"):
@@ -168,13 +177,19 @@ async def world(
             },
             "experiments": {"look_every_s": 3600},
             "telemetry": {"log_level": "ERROR"},
+            "auth": {"required": has_keys},
         }
     )
+    (folder / "state").mkdir(parents=True)
+    database = Database(settings.registry_url)
+    key, _ = Keys(database).create("me", [Scope.ADMIN])
+    database.close()
     engine = FakeEngine(FakeConfig(**settings.engine.options))
     engines = ScriptedEngines(engine, IntakeReplica(settings.model_dump(mode="json")))
     app = gateway_app(settings, engines, lambda: None)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+    client = httpx.AsyncClient(transport=transport, base_url="http://x", headers={"Authorization": f"Bearer {key}"})
+    async with app.router.lifespan_context(app), client as http:
         made = {
             "name": "tone",
             "alias": "tone-model",
@@ -184,7 +199,7 @@ async def world(
         }
         created = await http.post("/v1/experiments", json=made)
         assert created.status_code == 201, created.text
-        assert (await http.post("/v1/experiments/tone/run", json={})).status_code == 200
+        assert (await http.post(f"/v1/experiments/tone/{begun_by}", json={})).status_code == 200
         units: dict[str, list[str]] = {"old": [], "new": []}
         number = 0
         while min(map(len, units.values())) < num_units:
@@ -376,7 +391,17 @@ async def test_engines_hear_who_asks(tmp_path: Path):
     async with world(tmp_path) as found:
         await found.complete("new")
         await found.classify("old")
-        assert found.engines.callers == {""}, "nobody needs a key here"
+        assert found.engines.calls == {("", False)}, "nobody needs a key here"
+    arms = [{"name": "old", "target": "old"}, {"name": "new", "target": "new", "shadow": True}]
+    shadowed: dict[str, Any] = {"begun_by": "shadow", "arms": arms, "shadow": {"share": 1.0}}
+    async with world(tmp_path / "with keys", has_keys=True, num_units=0, **shadowed) as found:
+        found.units["old"] = ["someone"]
+        for route in (found.complete, found.classify, lambda arm: found.chat(arm, "hi")):
+            found.engines.calls.clear()
+            assert (await route("old")).status_code == 200
+            await asyncio.sleep(0.05)
+            key = found.http.headers["Authorization"].removeprefix("Bearer loom_").partition("_")[0]
+            assert found.engines.calls == {(key, False), (key, True)}, "the key's id, and nothing of its secret"
 
 
 EVERY = {
