@@ -119,7 +119,8 @@ class EngineReplica:
         """The request as the engine takes it: files at hand, its turn come, and the time that is left; and an event
         that is set when it is to be given up, as only spare ones are.
 
-        Raises Overloaded, TurnTimeout, DeadlineExceeded while files are fetched, and as ``LocalCopies.folder_of``.
+        Raises ContextOverflow, Overloaded, TurnTimeout, DeadlineExceeded while files are fetched, and as
+        ``LocalCopies.folder_of``.
         """
         given_up = asyncio.Event()
         begun = time.monotonic()
@@ -127,6 +128,8 @@ class EngineReplica:
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(request.timeout_s):
+                    # First of all, so that nothing long is kept that can only be refused.
+                    await self._engine.check(request.prompt)
                     # Before its turn, so that nobody waits behind a slow bucket.
                     adapters = await asyncio.gather(*(self._brought(ref) for ref in request.adapters))
                     out_of_time = TurnTimeout

@@ -32,6 +32,7 @@ from lora_runtime.engine.protocol import (
     TextPrompt,
     Token,
     TokenEvent,
+    TokenPrompt,
     Usage,
 )
 from lora_runtime.errors import (
@@ -103,6 +104,11 @@ class FakeEngine:
             heads={HEAD: LABELS} if config.get("head") else {},
             touches_vision=False,
         )
+
+    async def check(self, prompt: Prompt) -> None:
+        """Token ids are its words; what else is too long is refused with its target's name, which is one as well."""
+        if isinstance(prompt, TokenPrompt):
+            check_tokens(len(prompt.token_ids), self._config.max_model_len, "prompt")
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         words = self._words(request.prompt, _label(request))

@@ -37,9 +37,13 @@ class PromptLength:
         self._normalizes = described.get("normalizer") is not None
         self.characters_per_token = _longest_token(described) if _is_byte_level(described) else None
 
+    def may_exceed(self, num_characters: int, max_tokens: int) -> bool:
+        """Whether a text of so many characters is worth a :meth:`check_text`."""
+        return self.characters_per_token is not None and num_characters > max_tokens * self.characters_per_token
+
     def check_text(self, text: str, max_tokens: int, param: str) -> None:
         """Raise ContextOverflow for a text that is more than ``max_tokens`` tokens however it is tokenized."""
-        if self.characters_per_token is None or len(text) <= max_tokens * self.characters_per_token:
+        if self.characters_per_token is None or not self.may_exceed(len(text), max_tokens):
             return
         expansion = EXPANSION if self._normalizes and not text.isascii() else 1
         most = max_tokens * self.characters_per_token * expansion

@@ -5,6 +5,7 @@ Text of a request never becomes a special token: where it spells one, it is toke
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import secrets
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lora_runtime.engine.images import ImageProcessor, Patches
 from lora_runtime.engine.prompt_length import PromptLength, check_tokens
-from lora_runtime.engine.protocol import ChatPrompt, ImagePart, Message, Prompt, TextPrompt
+from lora_runtime.engine.protocol import ChatPrompt, ImagePart, Message, Prompt, TextPrompt, TokenPrompt
 from lora_runtime.errors import InvalidRequest
 
 
@@ -89,6 +90,18 @@ class PromptProcessor:
         positions, following = self._place(ids, images)
         return Prepared(tuple(ids), positions, following, images, self._image_id)
 
+    async def check(self, prompt: Prompt, max_tokens: int) -> None:
+        """Raise ContextOverflow for a prompt that is more than ``max_tokens`` however it is tokenized.
+
+        Nothing is tokenized. A template may leave text out, so long chats are rendered, on a thread."""
+        if isinstance(prompt, TokenPrompt):
+            check_tokens(len(prompt.token_ids), max_tokens, "prompt")
+        elif isinstance(prompt, TextPrompt):
+            self._length.check_text(prompt.text, max_tokens, "prompt")
+        elif self._length.may_exceed(sum(map(len, texts := _texts(prompt.messages))), max_tokens):
+            rendered = await asyncio.to_thread(self._template, prompt.messages, texts)
+            self._length.check_text(rendered, max_tokens, "messages")
+
     def _decode(self, messages: Sequence[Message]) -> tuple[Patches, ...]:
         parts = [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
         if len(parts) > self._max_images:
@@ -103,7 +116,7 @@ class PromptProcessor:
         )
 
     def _render(self, messages: Sequence[Message], max_tokens: int) -> list[int]:
-        texts = [part.text for message in messages for part in message.parts if not isinstance(part, ImagePart)]
+        texts = _texts(messages)
         rendered = self._template(messages, texts)
         # What is rendered counts, not what was sent: a template may leave some of it out.
         self._length.check_text(rendered, max_tokens, "messages")
@@ -175,6 +188,10 @@ class PromptProcessor:
             row, (row == self._image_id).int(), image_grid_thw=torch.tensor([image.grid for image in images])
         )
         return positions[:, 0], len(ids) + int(delta[0, 0])
+
+
+def _texts(messages: Sequence[Message]) -> list[str]:
+    return [part.text for message in messages for part in message.parts if not isinstance(part, ImagePart)]
 
 
 def _check_unicode(text: str, param: str) -> None:

@@ -246,6 +246,11 @@ class Engine(Examiner, Protocol):
     async def close(self) -> None:
         """Stop; running requests end with EngineFault. Idempotent."""
 
+    async def check(self, prompt: Prompt) -> None:
+        """Raise ContextOverflow for a prompt that cannot fit, whatever its tokens are: before it waits for anything.
+
+        What passes may still be refused by :meth:`generate` and :meth:`classify`, which count tokens."""
+
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         """Stream events. Raises CallerError or Overloaded before the first event, EngineFault at any time."""
 

@@ -76,6 +76,9 @@ async def check_long_prompts(engine: Any, head_owner: AdapterRef, monkeypatch: p
     ]
     refused = [answer(engine, prompt) for prompt in long]
     refused += [engine.classify(ClassifyRequest(request_id="c", prompt=long[0], adapters=(head_owner,)))]
+    for prompt in long:
+        with pytest.raises(ContextOverflow):
+            await engine.check(prompt)
     *errors, short = await asyncio.gather(*refused, answer(engine, chat("hello")), return_exceptions=True)
     assert [type(error) for error in errors] == [ContextOverflow] * len(refused), errors
     assert not isinstance(short, BaseException) and len(short[0]) == NUM_TOKENS

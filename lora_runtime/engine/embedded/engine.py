@@ -28,6 +28,7 @@ from lora_runtime.engine.protocol import (
     EngineInfo,
     EngineStats,
     GenerateRequest,
+    Prompt,
     Sampling,
     TokenEvent,
     summed,
@@ -96,6 +97,9 @@ class EmbeddedEngine:
     async def examine(self, path: str) -> AdapterInfo:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._reader.examine, path)
+
+    async def check(self, prompt: Prompt) -> None:
+        await self._prompts.check(prompt, self._runner.max_model_len)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if request.sampling.n > self._config.max_batch_size:

@@ -29,6 +29,7 @@ from lora_runtime.engine.protocol import (
     EngineInfo,
     EngineStats,
     GenerateRequest,
+    Prompt,
     TokenEvent,
     Usage,
     summed,
@@ -122,6 +123,9 @@ class VllmEngine:
     async def examine(self, path: str) -> AdapterInfo:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._reader.examine, path)
+
+    async def check(self, prompt: Prompt) -> None:
+        await self._prompts.check(prompt, self.info.max_model_len)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if request.sampling.n > self._config.max_batch_size:

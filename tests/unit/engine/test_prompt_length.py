@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import threading
@@ -142,14 +143,16 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(
 
     monkeypatch.setattr(prompts, "_plain", Untouched())
     monkeypatch.setattr(prompts, "_with_specials", Untouched())
-    with pytest.raises(ContextOverflow, match=r"2048 tokens|context holds 2048"):
-        prompts.prepare(TOO_LONG[what], 2048)
+    for refuses in (prompts.prepare, lambda *asked: asyncio.run(prompts.check(*asked))):
+        with pytest.raises(ContextOverflow, match=r"2048 tokens|context holds 2048"):
+            refuses(TOO_LONG[what], 2048)
 
 
 @pytest.mark.parametrize("text", ["word " * 3000, "<|im_end|>" * 3000])
 def test_what_could_fit_by_its_length_is_counted(prompts: PromptProcessor, text: str) -> None:
     for prompt in (chat(text), TextPrompt(text=text)):
         needed = len(prompts.prepare(prompt).ids)
+        asyncio.run(prompts.check(prompt, needed))
         assert len(prompts.prepare(prompt, needed).ids) == needed
         with pytest.raises(ContextOverflow, match=f"context holds {needed - 1}"):
             prompts.prepare(prompt, needed - 1)
@@ -159,6 +162,14 @@ def test_what_could_fit_by_its_length_is_counted(prompts: PromptProcessor, text:
 def test_what_is_no_unicode_is_the_requests_fault(prompts: PromptProcessor, prompt: Prompt) -> None:
     with pytest.raises(InvalidRequest, match="surrogate"):
         prompts.prepare(prompt, 2048)
+
+
+def test_what_a_template_leaves_out_is_not_counted(prompts: PromptProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    stripping = "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] | trim }}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(prompts.tokenizer, "chat_template", stripping)
+    prompt = chat(" " * 1_000_000 + "word")
+    asyncio.run(prompts.check(prompt, 10))
+    assert len(prompts.prepare(prompt, 10).ids) <= 4
 
 
 def test_a_tokenizer_that_shortens_texts_is_not_obeyed(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_runtime.engine.protocol import AdapterRef, ClassifyRequest, GenerateRequest, Sampling, TextPrompt
-from lora_runtime.errors import DeadlineExceeded, Overloaded, TurnTimeout
+from lora_runtime.engine.protocol import AdapterRef, ClassifyRequest, GenerateRequest, Sampling, TextPrompt, TokenPrompt
+from lora_runtime.errors import ContextOverflow, DeadlineExceeded, Overloaded, TurnTimeout
 from serve.config import Settings
 from serve.fairness import FairQueue
 from serve.replica import EngineReplica
@@ -75,6 +75,15 @@ async def test_combinations_and_keys_do_not_multiply_ones_turns(
     turns_each = 2 if greedy else 5
     last = len(answered) - 1 - answered[::-1].index("honest")
     assert last <= 5 * turns_each + 1, answered
+
+
+async def test_what_cannot_fit_waits_for_nothing(replica: EngineReplica, tmp_path: Path):
+    async with replica._turns.turn("other"):
+        asked = replace(request(1, "", tmp_path, ()), prompt=TokenPrompt(token_ids=(1,) * 1000))
+        with pytest.raises(ContextOverflow):
+            async for _ in replica.generate(asked):
+                raise AssertionError("it was answered")
+        assert replica._turns.num_waiting == 0
 
 
 async def test_a_deadline_says_what_the_time_went_by_with(replica: EngineReplica, tmp_path: Path):
