@@ -387,14 +387,43 @@ async def test_bad_requests_at_one_arm_breach_no_guardrail_and_hide_no_fault(tmp
         assert evidence.y / evidence.x == 0.75
 
 
+SHADOWED: dict[str, Any] = {
+    "arms": [{"name": "old", "target": "old"}, {"name": "new", "target": "new", "shadow": True}],
+    "shadow": {"share": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, "answered"),
+        (AdapterRejected("broken"), "failed"),
+        (EngineFault("broke"), "failed"),
+        (NotFound("no head"), "failed"),
+        (Overloaded("full"), "dropped"),
+        (TurnTimeout("late"), "dropped"),
+        (ContextOverflow("too long"), "dropped"),
+    ],
+)
+async def test_a_shadow_arm_has_failed_where_it_is_its_own_fault(tmp_path: Path, error: LoomError, outcome: str):
+    async with world(tmp_path, begun_by="shadow", num_units=0, **SHADOWED) as found:
+        found.units["old"] = ["someone"]
+        if error is not None:
+            found.engines.failing["new"] = error
+        for ask in (found.complete, found.classify):
+            assert (await ask("old")).status_code == 200
+        await asyncio.sleep(0.05)
+        lines = (await found.http.get("/metrics")).text.splitlines()
+        counted = [line for line in lines if line.startswith("loom_shadow_requests_total{")]
+        assert len(counted) == 1 and f'outcome="{outcome}"' in counted[0] and counted[0].endswith(" 2.0")
+
+
 async def test_engines_hear_who_asks(tmp_path: Path):
     async with world(tmp_path) as found:
         await found.complete("new")
         await found.classify("old")
         assert found.engines.calls == {("", False)}, "nobody needs a key here"
-    arms = [{"name": "old", "target": "old"}, {"name": "new", "target": "new", "shadow": True}]
-    shadowed: dict[str, Any] = {"begun_by": "shadow", "arms": arms, "shadow": {"share": 1.0}}
-    async with world(tmp_path / "with keys", has_keys=True, num_units=0, **shadowed) as found:
+    async with world(tmp_path / "with keys", has_keys=True, begun_by="shadow", num_units=0, **SHADOWED) as found:
         found.units["old"] = ["someone"]
         for route in (found.complete, found.classify, lambda arm: found.chat(arm, "hi")):
             found.engines.calls.clear()
