@@ -30,7 +30,9 @@ def random(delta_MN: Tensor, density: float, generator: Generator, *, by_norm: b
     return _to_norm(delta_MN, mask) if by_norm else delta_MN * mask / density
 
 
-def ranked(delta_MN: Tensor, density: float, epsilon: float, generator: Generator, *, by_norm: bool = False) -> Tensor:
+def ranked(
+    delta_MN: Tensor, density: float, epsilon: float, generator: Generator, *, by_norm: bool = False
+) -> Tensor:
     """Each entry with a probability pᵢ that rises from density − ε/2 to density + ε/2 with its magnitude's rank in its
     row, over pᵢ (DELLA's MagPrune: Deep et al. 2024, arXiv 2406.11617, §3.1). The expectation is the delta itself.
 
