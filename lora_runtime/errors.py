@@ -22,6 +22,7 @@ LoomError
 ├── MemoryExceeded               saved modules beyond an engine's memory for them; the engine makes room or says why not
 ├── Overloaded                   no room now; retry later
 │   └── DeadlineExceeded         the request ran out of time
+│       └── TurnTimeout          it did so before its turn came
 ├── VerificationFailed           a merge's result is not what it must be; nothing was published
 ├── StoreUnavailable             the store cannot be read or written now
 │   └── AdapterLost              a registered adapter's files are gone from the store, or damaged there
@@ -159,6 +160,10 @@ class Overloaded(LoomError):
 
 class DeadlineExceeded(Overloaded):
     """The request ran out of time while waiting or running."""
+
+
+class TurnTimeout(DeadlineExceeded):
+    """The request ran out of time while others were served: it never began to run."""
 
 
 class VerificationFailed(LoomError):

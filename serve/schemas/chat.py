@@ -43,10 +43,12 @@ class ChatMessage(Body):
 
     @property
     def has_images(self) -> bool:
-        return any(isinstance(part, ImageContent) for part in self.content)
+        return not isinstance(self.content, str) and any(isinstance(part, ImageContent) for part in self.content)
 
     def urls(self) -> Iterator[str]:
         """Of images that are to be fetched."""
+        if isinstance(self.content, str):  # whose parts would be its characters
+            return
         for part in self.content:
             if isinstance(part, ImageContent) and not is_data_uri(part.image_url.url):
                 yield part.image_url.url
