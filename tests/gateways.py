@@ -20,6 +20,7 @@ from lora_runtime.merge.job import JobRecipe, Plan, refused
 from serve.assembly import gateway_app
 from serve.config import Settings
 from serve.engine_client import Events
+from serve.handover import handed_over
 from serve.intake import Admitted, Named, Source
 from serve.intake_replica import IntakeReplica
 
@@ -29,7 +30,7 @@ class LocalEngines:
 
     def __init__(self, settings: Settings) -> None:
         self._engine = FakeEngine(FakeConfig(**settings.engine.options))
-        self._intake = IntakeReplica(settings.model_dump(mode="json"))
+        self._intake = IntakeReplica(handed_over(settings))
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Events]:
         async for event in self._engine.generate(request):
