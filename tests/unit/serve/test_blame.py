@@ -18,7 +18,7 @@ from lora_runtime.errors import (
     Overloaded,
 )
 from serve.engine_client import blamed
-from serve.gateway.dispatch import FALLS_BACK
+from serve.experiments.blame import BROKEN
 from serve.gateway.errors import error_body
 
 REFS = tuple(AdapterRef(version=digit * 64, path=f"/{digit}", name=name) for digit, name in (("1", "a"), ("2", "b")))
@@ -31,7 +31,7 @@ def test_files_of_a_registered_adapter_are_the_stores_fault(error: LoomError):
     assert (status, body.error.type, body.error.code) == (503, "server_error", "adapter_lost")
     for said in ("'a' (version 111111111111)", "'b' (version 222222222222)", error.message):
         assert said in lost.message
-    assert isinstance(lost, FALLS_BACK), "another arm of an experiment may be served instead"
+    assert isinstance(lost, BROKEN), "another arm of an experiment may be served instead"
     assert isinstance(pickle.loads(pickle.dumps(lost)), AdapterLost)
 
 

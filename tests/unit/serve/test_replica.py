@@ -14,6 +14,7 @@ from lora_runtime.engine.protocol import AdapterRef, ClassifyRequest, GenerateRe
 from lora_runtime.errors import ContextOverflow, DeadlineExceeded, Overloaded, TurnTimeout
 from serve.config import Settings
 from serve.fairness import FairQueue
+from serve.handover import handed_over
 from serve.replica import EngineReplica
 from tests.fakes import write_fake_adapter
 
@@ -29,7 +30,7 @@ class Replica(EngineReplica):
 async def replica(tmp_path: Path) -> AsyncIterator[EngineReplica]:
     options = {"kind": "fake", "options": {"token_s": 0.001}}
     settings = Settings.model_validate({"engine": options, "state_dir": str(tmp_path)})
-    made = Replica(settings.model_dump(mode="json"))
+    made = Replica(handed_over(settings))
     await made.check_health()
     made._turns = FairQueue(1, 64)
     yield made

@@ -46,6 +46,7 @@ from serve.experiments.analysis import ArmEvidence
 from serve.experiments.blame import Blame, blame_of
 from serve.experiments.definition import ERROR_RATE
 from serve.gateway.prompt_size import MAX_IDS, MAX_PARTS
+from serve.handover import handed_over
 from serve.identity import Scope
 from serve.intake import Admitted, Named, Source
 from serve.intake_replica import IntakeReplica
@@ -185,7 +186,7 @@ async def world(
     key, _ = Keys(database).create("me", [Scope.ADMIN])
     database.close()
     engine = FakeEngine(FakeConfig(**settings.engine.options))
-    engines = ScriptedEngines(engine, IntakeReplica(settings.model_dump(mode="json")))
+    engines = ScriptedEngines(engine, IntakeReplica(handed_over(settings)))
     app = gateway_app(settings, engines, lambda: None)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     client = httpx.AsyncClient(transport=transport, base_url="http://x", headers={"Authorization": f"Bearer {key}"})
