@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -75,7 +76,8 @@ def _deadline_of(dbapi_connection: Any, seconds: float) -> Iterator[None]:
         try:
             yield
         finally:
-            dbapi_connection.set_progress_handler(None, 0)
+            with suppress(sqlite3.ProgrammingError):  # closed, as a connection is that was lost meanwhile
+                dbapi_connection.set_progress_handler(None, 0)
         return
     cut = _Cut(dbapi_connection)
     timer = threading.Timer(seconds, cut.now)

@@ -45,7 +45,7 @@ class Database:
             with translated():
                 yield outer
             return
-        with translated(), Session(self._reader) as session, deadline(session.connection(), limit_s):
+        with translated(), _session(self._reader, limit_s) as session:
             self._local.session = session
             try:
                 yield session
@@ -69,7 +69,7 @@ class Database:
     def adding(self) -> Iterator[Session]:
         """A transaction that only adds rows which nobody changes, or claims one. On PostgreSQL it waits for no
         writer's lock; SQLite has one lock for all writers."""
-        with translated(), Session(self._writer) as session, deadline(session.connection(), WRITE_LIMIT_S):
+        with translated(), _session(self._writer, WRITE_LIMIT_S) as session:
             yield session
             _commit(session)
 
@@ -87,6 +87,14 @@ class Database:
             moved = update(RevisionRow).where(RevisionRow.id == 1).values(number=revision)
             session.info[REVISION] = session.execute(moved.returning(RevisionRow.number)).scalar_one()
             yield session
+
+
+@contextmanager
+def _session(engine: Engine, limit_s: float) -> Iterator[Session]:
+    """A session that keeps its connection to the end: one bound to an engine gives it back when it commits, and the
+    deadline would act on whoever has it next."""
+    with engine.connect() as connection, deadline(connection, limit_s), Session(connection) as session:
+        yield session
 
 
 def _commit(session: Session) -> None:

@@ -116,7 +116,7 @@ class Garbage:
         with self._database.alone() as session:
             named = _named(session, now, versions)
             free = select(GarbageRow).where(GarbageRow.version.in_(versions), GarbageRow.claimed_at.is_(None))
-            rows = session.scalars(free)
+            rows = session.scalars(free.order_by(GarbageRow.version))
             claimed = {row.version: aware(row.seen_at) for row in rows if row.version not in named}
             session.execute(delete(HoldRow).where(HoldRow.version.in_(claimed)))  # those that expired
             session.execute(update(GarbageRow).where(GarbageRow.version.in_(claimed)).values(claimed_at=now))

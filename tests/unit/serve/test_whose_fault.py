@@ -245,7 +245,7 @@ BY_REQUEST: dict[str, tuple[int, Ask]] = {
 }
 """What a request can be refused for, with its status."""
 
-REFUSED_AT_THE_DOOR = ("an option that is not served", "a prompt without text")
+REFUSED_AT_THE_DOOR = ("an option that is not served", "a prompt without text", "too many token ids")
 """Before it is known which model is meant."""
 
 REFUSED = {
