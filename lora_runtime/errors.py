@@ -24,6 +24,7 @@ LoomError
 │   └── DeadlineExceeded         the request ran out of time
 ├── VerificationFailed           a merge's result is not what it must be; nothing was published
 ├── StoreUnavailable             the store cannot be read or written now
+├── VersionDamaged               the store has lost or changed the files of a registered version
 └── EngineFault                  the engine itself failed
 
 Messages say what is wrong, where, and what to do. Facts ride along as
@@ -166,6 +167,10 @@ class VerificationFailed(LoomError):
 
 class StoreUnavailable(LoomError):
     """The store of adapters cannot be read or written now; nothing about the request explains it."""
+
+
+class VersionDamaged(LoomError):
+    """The store has lost or changed the files of a registered version; ``facts`` name it. An operator must act."""
 
 
 class EngineFault(LoomError):

@@ -26,6 +26,7 @@ from lora_runtime.errors import DeadlineExceeded, LoomError, Overloaded
 from lora_runtime.store.factory import local_path
 from serve.background import ended
 from serve.config import Settings
+from serve.damage import store_answers_for
 from serve.fairness import FairQueue
 from serve.logs import REQUEST_ID, configure
 from serve.pins import PinFollower
@@ -118,12 +119,13 @@ class EngineReplica:
         """The request as the engine takes it: files at hand, its turn come, and the time that is left; and an event
         that is set when it is to be given up, as only spare ones are.
 
-        Raises Overloaded, DeadlineExceeded, and as ``LocalCopies.folder_of``.
+        Raises Overloaded, DeadlineExceeded, and as ``store_answers_for`` and ``LocalCopies.folder_of``.
         """
         given_up = asyncio.Event()
         begun = time.monotonic()
         tenant = "+".join(sorted(ref.version for ref in request.adapters))
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(store_answers_for(request.adapters, self._copies))
             try:
                 async with asyncio.timeout(request.timeout_s):
                     # Before its turn, so that nobody waits behind a slow bucket.

@@ -53,6 +53,13 @@ class LocalCopies:
                     self._evict()
         return place
 
+    def discard(self, version: str) -> None:
+        """Forget a copy, so that it is fetched again; nothing happens where there is none."""
+        grave = self._folder / f"{uuid.uuid4().hex}.part"
+        with suppress(FileNotFoundError):
+            (self._folder / checked_version(version)).rename(grave)
+        shutil.rmtree(grave, ignore_errors=True)
+
     def _is_there(self, place: Path) -> bool:
         try:
             os.utime(place)

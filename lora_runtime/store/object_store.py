@@ -49,11 +49,11 @@ class ObjectStore:
             yield Path(folder)
 
     def publish(self, folder: Path, version: str) -> str:
-        if not self.holds(version):
-            with translated():
-                for name in FILES:
-                    if (folder / name).is_file():
-                        self._fs.put_file(str(folder / name), f"{self._place(version)}/{name}")
+        # Also where the entry is there: whoever registers it again may do so because an object was damaged.
+        with translated():
+            for name in FILES:
+                if (folder / name).is_file():
+                    self._fs.put_file(str(folder / name), f"{self._place(version)}/{name}")
         self._write_manifest(version)
         return self.location(version)
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from fastapi import Request
 
 from lora_runtime.engine.protocol import Usage
-from lora_runtime.errors import AdapterRejected, InvalidRequest, LoomError, NotFound, StoreUnavailable
+from lora_runtime.errors import AdapterRejected, InvalidRequest, LoomError, NotFound, StoreUnavailable, VersionDamaged
 from serve.assigner import Assigned
 from serve.experiments.assignment import (
     FORCE_HEADER,
@@ -29,7 +29,7 @@ from serve.identity import Identity, Scope
 from serve.schemas.common import TargetedBody
 from serve.targets import Target
 
-FALLS_BACK = (NotFound, AdapterRejected, StoreUnavailable)
+FALLS_BACK = (NotFound, AdapterRejected, StoreUnavailable, VersionDamaged)
 """Errors that are an arm's own: its adapter is gone, broken or out of reach. Others would meet any arm."""
 
 
