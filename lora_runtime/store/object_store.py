@@ -44,9 +44,11 @@ class ObjectStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            yield Path(folder)
+        with translated():
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(dir=self._scratch)
+        with folder as name:
+            yield Path(name)
 
     def publish(self, folder: Path, version: str) -> str:
         # Also where the entry is there: whoever registers it again may do so because an object was damaged.
