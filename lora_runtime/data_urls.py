@@ -12,6 +12,8 @@ from urllib.parse import unquote_to_bytes
 
 from lora_runtime.errors import InvalidImage
 
+MAX_ESCAPES = 1 << 20
+"""Percent signs are undone one by one. In base64 three characters of 65 can need one."""
 _CONTROLS_AND_SPACE = "".join(map(chr, range(0x21)))
 _WHITESPACE = b"\t\n\x0c\r "
 _BASE64 = re.compile(r"; *base64\s*", re.IGNORECASE)
@@ -28,6 +30,10 @@ def decode_data_url(url: str, where: str) -> bytes:
         raise InvalidImage(f"{where}: the data: URL has no ','; send 'data:image/png;base64,…'.", param="messages")
     parameter = head[head.rfind(";") :] if ";" in head else ""
     content, _, _ = body.partition("#")
+    if content.count("%") > MAX_ESCAPES:
+        raise InvalidImage(
+            f"{where}: the data: URL has more than {MAX_ESCAPES} percent signs; send plain base64.", param="messages"
+        )
     if not _BASE64.fullmatch(parameter):
         if "%" not in content:
             raise InvalidImage(f"{where}: the data: URL must be base64, 'data:image/png;base64,…'.", param="messages")

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 
 MAX_PARTS = 4096
 """Boxes in a box, extents of a picture, units of a stream: no file needs as many, and each takes time here."""
-_BRANDS = frozenset({b"avif", b"avis", b"mif1", b"msf1"})
 _SEQUENCE_HEADER = 1
 _CONTAINERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl"})
 
 
 def is_avif(data: bytes) -> bool:
-    return data[4:8] == b"ftyp" and data[8:12] in _BRANDS
+    """Whether the file says among its brands that it is one; decoders take no other."""
+    size = int.from_bytes(data[:4])
+    brands = data[8 : size if size >= 16 else len(data)]
+    return data[4:8] == b"ftyp" and (b"avif" in brands or b"avis" in brands)
 
 
 def frame_sizes(data: bytes) -> list[tuple[int, int]]:

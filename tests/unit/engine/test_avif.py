@@ -34,6 +34,12 @@ def test_each_track_of_a_sequence_is_read():
     assert frame_sizes(data) == [(64, 48), (64, 48)], "its picture and its track"
 
 
+def test_other_files_of_the_family_are_none():
+    for brands in (b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heic", b"isom\0\0\0\0isom"):
+        assert not is_avif(box(b"ftyp", brands) + box(b"meta", b"avif"))
+    assert is_avif(box(b"ftyp", b"mif1\0\0\0\0mif1avif"))
+
+
 def iloc(extents: int, items: int) -> bytes:
     """Of items whose extents take no byte of the file."""
     entry = struct.pack(">HHH", 1, 0, extents)

@@ -105,7 +105,8 @@ def test_each_format_gives_the_pixels_that_were_saved(kind: str, options: dict[s
 def test_only_these_formats_are_tried():
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n%%EndComments\n(x) run\n"
     others = [saved(PICTURE, kind) for kind in ("PPM", "PCX", "TGA", "SGI", "IM", "DDS", "ICNS")]
-    for data in (b"", b"x", b"%PDF-1.4\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", eps, *others):
+    heic = struct.pack(">I", 24) + b"ftypmif1\0\0\0\0mif1heic"
+    for data in (b"", b"x", heic, b"%PDF-1.4\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", eps, *others):
         assert "no image that can be read" in refusal(data)
     for name in FORMATS:
         assert name in refusal(b"x")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_runtime.data_urls import decode_data_url, is_data_url
+from lora_runtime.data_urls import MAX_ESCAPES, decode_data_url, is_data_url
 from lora_runtime.errors import InvalidImage
 
 CONTENT = bytes(range(256)) + b"\xfb\xff\xfe?"
@@ -40,6 +40,8 @@ def test_what_a_browser_reads_is_read(url: str):
         ("data:image/png;base64,-_-_", "URL-safe"), ("data:image/png;base64,AAAAA", "damaged"),
         ("data:image/png;base64,AA=A", "'=' stands inside"), ("data:image/png;base64,AAA==", "'=' stands inside"),
         ("data:image/png;base64,A\u00a0AAA", "damaged"), ("data:image/png;base64,AA\u00e4A", "damaged"),
+        ("data:image/png;base64," + "%41" * (MAX_ESCAPES + 1), "percent signs"),
+        ("data:image/png," + "%41" * (MAX_ESCAPES + 1), "percent signs"),
         ("data:image/png;base64,AAA*", "damaged"), ("data:image/png;base64,====", "'=' stands inside"),
     ],
 )  # fmt: skip
