@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_runtime.engine.protocol import AdapterRef
-from lora_runtime.errors import AdapterMissing, AdapterRejected, InvalidRequest, MergeRefused
+from lora_runtime.errors import AdapterMissing, AdapterRejected, InvalidRequest, MergeRefused, VersionDamaged
 from lora_runtime.merge.examples import read_examples
 from lora_runtime.merge.job import JobRecipe, Plan, refused
 from lora_runtime.merge.planning import Located, opened, plan_of
@@ -28,15 +28,22 @@ def planned(recipe: JobRecipe, named: Sequence[Named], settings: Settings, *, ta
     """
     if settings.engine.kind == "fake":
         raise refused([NO_BASE])
-    copies, located, problems = copies_of(settings), [], []
+    copies = copies_of(settings)
+    located: list[Located] = []
+    problems: list[str] = []
+    lost: list[VersionDamaged] = []
     for one in named:
         try:
             folder = copies.folder_of(one.location, one.version)
         except (AdapterMissing, AdapterRejected) as error:
-            raise damaged(one.adapter, one.version, error.message) from error
+            lost.append(damaged(one.adapter, one.version, error.message))
+            problems.append(f"'{one.adapter}': {error.message}")
+            continue
         located.append(Located(adapter=one.adapter, version=one.version, location=one.location, folder=folder))
     if recipe.search is not None:
         problems += _of_examples(recipe)
+    if lost and len(lost) == len(problems):  # the recipe itself has no fault
+        raise lost[0]
     if problems:
         raise refused(problems)
     base = settings.engine_options["base_path"]
