@@ -25,7 +25,7 @@ LoomError
 │       └── TurnTimeout          it did so before its turn came
 ├── VerificationFailed           a merge's result is not what it must be; nothing was published
 ├── StoreUnavailable             the store cannot be read or written now
-│   └── AdapterLost              a registered adapter's files are gone from the store, or damaged there
+├── VersionDamaged               the store has lost or changed the files of a registered version
 └── EngineFault                  the engine itself failed
 
 Messages say what is wrong, where, and what to do. Facts ride along as
@@ -174,8 +174,8 @@ class StoreUnavailable(LoomError):
     """The store of adapters cannot be read or written now; nothing about the request explains it."""
 
 
-class AdapterLost(StoreUnavailable):
-    """A registered adapter's files are gone from the store, or damaged there; whoever asks for it cannot help it."""
+class VersionDamaged(LoomError):
+    """The store has lost or changed the files of a registered version; ``facts`` name it. An operator must act."""
 
 
 class EngineFault(LoomError):

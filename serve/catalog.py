@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from lora_runtime.errors import InvalidRequest, LoomError, NotFound
 from lora_runtime.store.protocol import Store
 from serve.engine_client import EngineClient
 from serve.follower import Follower
+from serve.identity import Identity
 from serve.intake import Admitted, Source
 from serve.registry.records import AdapterRecord, AuditRecord, VersionRecord
 from serve.registry.repository import Repository
@@ -123,9 +124,10 @@ class Catalog:
         await self._follower.refresh()
         return record
 
-    async def remove(self, name: str, *, actor: str) -> None:
-        """Forget an adapter. Requests that already run with it end as they began. Raises NotFound."""
-        await asyncio.to_thread(self._repository.remove, name, actor=actor)
+    async def remove(self, name: str, *, identity: Identity) -> None:
+        """Forget an adapter. Requests that already run with it end as they began. Raises NotFound, or Conflict while
+        it is in use."""
+        await asyncio.to_thread(self._repository.remove, name, actor=identity.actor, may_see=_seen_by(identity))
         await self._follower.refresh()
 
     async def remove_alias(self, name: str, alias: str, *, actor: str) -> None:
@@ -133,11 +135,12 @@ class Catalog:
         await asyncio.to_thread(self._repository.remove_alias, name, alias, actor=actor)
         await self._follower.refresh()
 
-    async def remove_version(self, name: str, version: str, *, actor: str) -> str:
+    async def remove_version(self, name: str, version: str, *, identity: Identity) -> str:
         """Forget a version; returns it whole. Raises NotFound, or Conflict while an alias names it."""
         await self._follower.refresh()
         _, found = self.version(name, version)
-        await asyncio.to_thread(self._repository.remove_version, name, found.id, actor=actor)
+        may_see = _seen_by(identity)
+        await asyncio.to_thread(self._repository.remove_version, name, found.id, actor=identity.actor, may_see=may_see)
         await self._follower.refresh()
         return found.id
 
@@ -189,6 +192,11 @@ class Catalog:
                 "beginning with a letter or digit, and not the base's name.",
                 param="name",
             )
+
+
+def _seen_by(identity: Identity) -> Callable[[str], bool]:
+    """Which owners of uses ``identity`` may hear of: aliases that it reaches; with unrestricted reach, all."""
+    return lambda owner: identity.may_use(owner.removeprefix("alias/")) if identity.adapters is not None else True
 
 
 def registered_of(record: AdapterRecord) -> Registered:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lora_runtime.errors import Conflict, InvalidRequest
+from lora_runtime.errors import Conflict, InvalidRequest, NotFound
 from serve.assigner import Assigner, draw_of
 from serve.catalog import Catalog
 from serve.config import ExperimentSettings
@@ -89,8 +89,9 @@ class Experimentation:
         return [alias for name, alias in sorted(self._assigner.aliases.items()) if identity.may_use(name)]
 
     async def create(self, definition: Definition, identity: Identity) -> Experiment:
-        """A draft."""
+        """A draft. Raises Forbidden for names beyond the key's patterns, before it is looked at what is there."""
         self._check_alias(definition.alias, identity)
+        _check_names(definition, identity)
         await self._follower.refresh()
         plan, allocation = self._exact(definition, identity)
         return await asyncio.to_thread(self._experiments.create, plan, allocation, actor=identity.actor)
@@ -100,9 +101,10 @@ class Experimentation:
         return [experiment for experiment in found if identity.may_use(experiment.plan.alias)]
 
     async def get(self, name: str, identity: Identity) -> Experiment:
-        """By id or name. Raises NotFound, and Forbidden beyond the key's reach."""
+        """By id or name. Raises NotFound, in the same words where there is none and where the key does not reach it."""
         found = await asyncio.to_thread(self._experiments.get, name)
-        identity.check_adapter(found.plan.alias)
+        if not identity.may_use(found.plan.alias):
+            raise NotFound(f"There is no experiment '{name[:64]}'.", near=[])
         return found
 
     async def change(
@@ -116,6 +118,7 @@ class Experimentation:
         await self._follower.refresh()
         definition = _merged(before, changes)
         self._check_alias(definition.alias, identity)
+        _check_names(definition, identity, before)
         plan, allocation = self._exact(definition, identity)
         now = datetime.now(UTC)
 
@@ -215,9 +218,10 @@ class Experimentation:
         return await asyncio.to_thread(self._trials.pairs, experiment.id, limit=limit, before=before)
 
     async def feedback(
-        self, request_id: str, metric: str, value: bool | float, *, key: str, owner: str, may_any: bool
+        self, request_id: str, metric: str, value: bool | float, *, key: str, identity: Identity, may_any: bool
     ) -> Noted:
-        """Keep what was reported; it is on disk when this returns.
+        """Keep what was reported; it is on disk when this returns. ``may_any``: of other keys' requests too, as far
+        as ``identity`` reaches the experiment's alias.
 
         The request may have been answered by another gateway a moment ago: its record is given the time to arrive.
         """
@@ -225,8 +229,8 @@ class Experimentation:
         for number in range(tries):
             await self._recorder.flush()
             noted = await asyncio.to_thread(
-                self._trials.feedback, request_id, metric, value, key=key, owner=owner, may_any=may_any,
-                is_last_try=number == tries - 1,
+                self._trials.feedback, request_id, metric, value, key=key, owner=identity.id, may_any=may_any,
+                reaches=identity.may_use, is_last_try=number == tries - 1,
             )  # fmt: skip
             if noted is not None:
                 return noted
@@ -299,6 +303,15 @@ class Experimentation:
                 param="alias",
             )
         identity.check_adapter(name)
+
+
+def _check_names(definition: Definition, identity: Identity, before: Experiment | None = None) -> None:
+    """Refuse names, of the experiment and of its layer, that the key may not give; those of ``before`` may stay."""
+    known = (None, None) if before is None else (before.plan.name, before.plan.layer and before.plan.layer.name)
+    if definition.name != known[0]:
+        identity.check_name(definition.name, "name")
+    if definition.layer is not None and definition.layer.name != known[1]:
+        identity.check_name(definition.layer.name, "layer")
 
 
 def _merged(experiment: Experiment, changes: Mapping[str, Any]) -> Definition:

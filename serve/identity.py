@@ -74,6 +74,19 @@ class Identity:
         if not self.may_use(name):
             raise Forbidden(f"This API key does not reach an adapter '{name[:128]}'.", param="name")
 
+    def check_name(self, name: str, param: str) -> None:
+        """Raises Forbidden where ``name`` is outside the names that this key may give to what it makes.
+
+        Names are shared by all keys. Each key takes its own from its patterns, whatever is named there, so that a
+        refusal never tells what others have made.
+        """
+        if not self.may_use(name):
+            raise Forbidden(
+                f"This API key may only give names that match {', '.join(self.adapters or ())}; '{name[:128]}' does "
+                "not.",
+                param=param,
+            )
+
 
 class Reachable(Mapping[str, T]):
     """Things by the name of their adapter, those that ``identity`` may name; the others are not there."""

@@ -80,8 +80,7 @@ class Merging:
         return job, units
 
     async def all(self, identity: Identity, *, limit: int, state: MergeState | None) -> list[MergeJob]:
-        found = await asyncio.to_thread(self._merges.all, limit=limit, state=state)
-        return [job for job in found if identity.may_use(job.name)]
+        return await asyncio.to_thread(self._merges.all, limit=limit, state=state, reaches=identity.may_use)
 
     async def cancel(self, identifier: str, identity: Identity) -> MergeJob:
         """Raises NotFound."""

@@ -26,6 +26,7 @@ from lora_runtime.engine.protocol import (
 from lora_runtime.errors import DeadlineExceeded, LoomError, Overloaded, TurnTimeout
 from lora_runtime.store.factory import local_path
 from serve.background import ended
+from serve.damage import store_answers_for
 from serve.fairness import FairQueue
 from serve.handover import Handover, taken_over
 from serve.logs import REQUEST_ID, configure
@@ -121,12 +122,13 @@ class EngineReplica:
         that is set when it is to be given up, as only spare ones are.
 
         Raises ContextOverflow, Overloaded, TurnTimeout, DeadlineExceeded while files are fetched, and as
-        ``LocalCopies.folder_of``.
+        ``store_answers_for`` and ``LocalCopies.folder_of``.
         """
         given_up = asyncio.Event()
         begun = time.monotonic()
         out_of_time: type[DeadlineExceeded] = DeadlineExceeded
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(store_answers_for(request.adapters, self._copies))
             try:
                 async with asyncio.timeout(request.timeout_s):
                     # First of all, so that nothing long is kept that can only be refused.

@@ -1,20 +1,16 @@
-"""Images on their way into Qwen2-VL: decoded under limits, resized and cut into patches."""
+"""Images on their way into Qwen2-VL: decoded (``decoding.py``), resized and cut into patches."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from lora_runtime.engine.decoding import decode_image
 from lora_runtime.errors import InvalidImage
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,34 +24,6 @@ class Patches:
     pixels: Tensor
     grid: tuple[int, int, int]
     digest: str
-
-
-def decode_image(data: bytes, *, max_pixels: int, where: str) -> Image.Image:
-    """Decode ``data`` to RGB. The size is checked before any pixel is decoded.
-
-    Raises InvalidImage, naming ``where``, for anything but a sound image of at most ``max_pixels``.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > max_pixels:
-                raise InvalidImage(
-                    f"{where} is {width}x{height} = {width * height} pixels; the limit is {max_pixels}. "
-                    "Send a smaller image.",
-                    pixels=width * height,
-                    limit=max_pixels,
-                )
-            return image.convert("RGB")
-    except InvalidImage:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InvalidImage(f"{where} is far too large; the limit is {max_pixels} pixels.") from error
-    except UnidentifiedImageError as error:
-        raise InvalidImage(f"{where} is no image that can be read; send one of {', '.join(FORMATS)}.") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        raise InvalidImage(f"{where} is damaged: {error}. Send the whole file.") from error
 
 
 class ImageProcessor:

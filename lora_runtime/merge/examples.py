@@ -6,8 +6,6 @@ torch.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import codecs
 import hashlib
 import json
@@ -25,8 +23,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lora_runtime.data_urls import decode_data_url, is_data_url
 from lora_runtime.engine.protocol import ChatPrompt, ImagePart, Message, Role, TextPart
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.errors import InvalidImage, InvalidRequest
 
 MetricName = Literal["exact", "contains", "words", "number"]
 MAX_FILE_BYTES = 64 << 20
@@ -36,7 +35,6 @@ MAX_IMAGES_BYTES = 256 << 20
 """Of all examples together."""
 MAX_IMAGES = 16
 """Of one example."""
-_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
 _NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -181,7 +179,7 @@ class _Images:
         self._left_bytes = MAX_IMAGES_BYTES
 
     def read(self, where: str) -> ImagePart:
-        data = _decoded(where) if where[:5].lower() == "data:" else self._from_disk(where)
+        data = _decoded(where) if is_data_url(where) else self._from_disk(where)
         self._left_bytes -= len(data)
         if self._left_bytes < 0:
             raise _Wrong(f"with it, the images are more than {MAX_IMAGES_BYTES} bytes together. Use fewer examples.")
@@ -272,15 +270,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _decoded(url: str) -> bytes:
-    head = _DATA_URL.match(url)
-    if head is None:
-        raise _Wrong("a data: URL must be 'data:image/…;base64,…'.")
-    if len(url) - head.end() > MAX_IMAGE_BYTES // 3 * 4 + 4:
-        raise _Wrong(f"an image has more than {MAX_IMAGE_BYTES} bytes.")
     try:
-        data = base64.b64decode(url[head.end() :], validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise _Wrong("what follows 'base64,' is no base64.") from error
+        data = decode_data_url(url, "an image")
+    except InvalidImage as error:
+        raise _Wrong(error.message) from error
     return _bounded(data, "in the data: URL")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 from fsspec.core import url_to_fs
 
-from lora_runtime.errors import AdapterMissing, MalformedAdapter
+from lora_runtime.errors import AdapterMissing, MalformedAdapter, StoreUnavailable
 from lora_runtime.folder import FILES, fingerprint
 from lora_runtime.store.factory import local_path
 from lora_runtime.store.object_store import translated
@@ -45,13 +45,25 @@ class LocalCopies:
         if local is not None:
             return local
         place = self._folder / checked_version(version)
-        if not self._is_there(place):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._folder / f"{version}.lock"):
-                if not self._is_there(place):
-                    self._fetch(location, version, place)
-                    self._evict()
+        try:
+            if not self._is_there(place):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with FileLock(self._folder / f"{version}.lock"):
+                    if not self._is_there(place):
+                        self._fetch(location, version, place)
+                        self._evict()
+        except OSError as error:
+            raise StoreUnavailable(
+                f"This machine's folder of copies failed: {error.strerror}.", retry_after_s=5
+            ) from error
         return place
+
+    def discard(self, version: str) -> None:
+        """Forget a copy, so that it is fetched again; nothing happens where there is none."""
+        grave = self._folder / f"{uuid.uuid4().hex}.part"
+        with suppress(FileNotFoundError):
+            (self._folder / checked_version(version)).rename(grave)
+        shutil.rmtree(grave, ignore_errors=True)
 
     def _is_there(self, place: Path) -> bool:
         try:

@@ -44,16 +44,18 @@ class ObjectStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            yield Path(folder)
+        with translated():
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(dir=self._scratch)
+        with folder as name:
+            yield Path(name)
 
     def publish(self, folder: Path, version: str) -> str:
-        if not self.holds(version):
-            with translated():
-                for name in FILES:
-                    if (folder / name).is_file():
-                        self._fs.put_file(str(folder / name), f"{self._place(version)}/{name}")
+        # Also where the entry is there: whoever registers it again may do so because an object was damaged.
+        with translated():
+            for name in FILES:
+                if (folder / name).is_file():
+                    self._fs.put_file(str(folder / name), f"{self._place(version)}/{name}")
         self._write_manifest(version)
         return self.location(version)
 

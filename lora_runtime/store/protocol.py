@@ -36,8 +36,8 @@ class Store(Protocol):
     def publish(self, folder: Path, version: str) -> str:
         """Make the adapter in ``folder``, a staging folder, the entry ``version``; returns its location.
 
-        Where the entry is there, only the time of its publication changes. The caller has checked that ``version``
-        is the content's fingerprint.
+        Where a sound entry is there, only the time of its publication changes; a damaged one is repaired. The caller
+        has checked that ``version`` is the content's fingerprint.
         """
 
     def renew(self, version: str) -> None:

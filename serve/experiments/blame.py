@@ -26,9 +26,10 @@ from lora_runtime.errors import (
     Overloaded,
     StoreUnavailable,
     TurnTimeout,
+    VersionDamaged,
 )
 
-BROKEN = (AdapterMissing, AdapterRejected, StoreUnavailable)
+BROKEN = (AdapterMissing, AdapterRejected, StoreUnavailable, VersionDamaged)
 """The target's adapters cannot be served, whatever is asked of them."""
 UNFIT = (NotFound, InvalidCombination)
 """The target lacks what is asked for, such as a classification head: its own fault where the alias's target has it."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
 
 from serve.gateway.access import Who, needs, reaches_named
 from serve.gateway.generation import Services
-from serve.gateway.idempotency import idempotent
-from serve.gateway.uploads import UPLOAD_FORM, received
+from serve.gateway.idempotency import has_key, idempotent, once
+from serve.gateway.uploads import UPLOAD_FORM, kept, uploaded
 from serve.identity import Scope
 from serve.intake import Source
 from serve.registry.records import AdapterRecord, VersionRecord
@@ -49,7 +50,7 @@ def router(services: Services) -> APIRouter:
 
     @routes.delete("/v1/adapters/{name}", summary="Forget an adapter, with its versions and aliases")
     async def delete(name: str, identity: Who) -> Deleted:
-        await catalog.remove(name, actor=identity.actor)
+        await catalog.remove(name, identity=identity)
         return Deleted(id=name)
 
     @routes.get("/v1/adapters/{name}/versions", summary="An adapter's versions, oldest first")
@@ -57,18 +58,29 @@ def router(services: Services) -> APIRouter:
         record = catalog.adapter(name)
         return AdapterVersionList(data=[_version(record, version) for version in record.versions])
 
-    @routes.post(
+    # Not of the idempotent class, which reads bodies into memory: `once` asks for the digest of what is on the disk.
+    uploads = APIRouter()
+
+    @uploads.post(
         "/v1/adapters/{name}/versions",
         status_code=201,
+        response_model=Adapter,
         summary="Upload an adapter's files as a version",
         openapi_extra=UPLOAD_FORM,
     )
-    async def upload(name: str, request: Request, response: Response, identity: Who) -> Adapter:
-        async with received(services.store, request) as (receipt, activate):
-            source = Source(receipt=receipt)
-            record, is_new = await catalog.register(name, source, activate=activate, actor=identity.actor)
-        response.status_code = 201 if is_new else 200
-        return _adapter(record)
+    async def upload(name: str, request: Request, identity: Who) -> Response:
+        async with uploaded(request) as form:
+
+            async def register() -> Response:
+                async with kept(services.store, form) as receipt:
+                    source = Source(receipt=receipt)
+                    record, is_new = await catalog.register(name, source, activate=form.activate, actor=identity.actor)
+                return JSONResponse(_adapter(record).model_dump(mode="json"), 201 if is_new else 200)
+
+            content = await form.digest() if has_key(request) else b""
+            return await once(services.replies, request, content, register)
+
+    routes.include_router(uploads)
 
     @routes.get("/v1/adapters/{name}/versions/{version}", summary="One version, or an alias's")
     async def version(name: str, version: str) -> AdapterVersion:
@@ -76,7 +88,7 @@ def router(services: Services) -> APIRouter:
 
     @routes.delete("/v1/adapters/{name}/versions/{version}", summary="Forget a version")
     async def delete_version(name: str, version: str, identity: Who) -> Deleted:
-        exact = await catalog.remove_version(name, version, actor=identity.actor)
+        exact = await catalog.remove_version(name, version, identity=identity)
         return Deleted(id=f"{name}@{exact}", object="adapter.version.deleted")
 
     @routes.put("/v1/adapters/{name}/aliases/{alias}", summary="Move an alias to a version")

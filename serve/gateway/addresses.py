@@ -9,12 +9,17 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import httpcore
 
 Address = IPv4Address | IPv6Address
 Resolver = Callable[[str, int], Awaitable[list[str]]]
+
+RESOLVING = ThreadPoolExecutor(32, "loom-resolve")
+"""Threads of their own: a name server that does not answer holds one for many seconds, also when nobody waits any more,
+and those of ``asyncio.to_thread`` are what the registry is read on."""
 
 REFUSED = tuple(
     ip_network(text)
@@ -92,8 +97,9 @@ class PublicNetwork(httpcore.AsyncNetworkBackend):
 
 async def resolved(host: str, port: int) -> list[str]:
     """The addresses of ``host``, as the system resolves it; odd spellings (``0x7f.1``) become what they mean."""
+    loop = asyncio.get_running_loop()
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await loop.run_in_executor(RESOLVING, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     except OSError as error:
         raise httpcore.ConnectError("the name is not known") from error
     except UnicodeError as error:

@@ -61,6 +61,8 @@ class BodyMiddleware:
             await self._app(scope, replayed(body, receive), send)
 
     def _takes_body(self, scope: Scope) -> bool:
+        if UPLOAD.fullmatch(scope["path"]) and not _is_upload(scope):
+            return False  # the route refuses whatever is not a form
         for route in self._routes:
             if isinstance(route, APIRoute) and route.matches(scope)[0] is Match.FULL:
                 return route.body_field is not None or "requestBody" in (route.openapi_extra or {})

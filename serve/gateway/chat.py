@@ -34,7 +34,7 @@ def router(services: Services) -> APIRouter:
     async def chat(body: ChatRequest, request: Request, identity: Who) -> Response:
         dispatch = await services.dispatch(body, request, identity)
         sampling = body.sampling()
-        prompt = body.prompt(await services.images.fetch_all(body.urls()))
+        prompt = body.prompt(await services.images.fetch_all(body.urls(), identity.id or dispatch.request_id))
         generation = await services.start(ROUTE, identity, dispatch, prompt, sampling)
         headers, model = dispatch.headers, dispatch.target.label
         shared: dict[str, Any] = {"id": f"chatcmpl-{dispatch.request_id}", "created": int(time.time()), "model": model}

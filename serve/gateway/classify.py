@@ -28,7 +28,7 @@ def router(services: Services) -> APIRouter:
     @routes.post("/v1/classify", summary="Exact label probabilities from an adapter's classification head")
     async def classify(body: ClassifyBody, request: Request, response: Response, identity: Who) -> ClassifyAnswer:
         dispatch = await services.dispatch(body, request, identity)
-        prompt = body.prompt(await services.images.fetch_all(body.urls()))
+        prompt = body.prompt(await services.images.fetch_all(body.urls(), identity.id or dispatch.request_id))
         found = await _classified(services, identity, dispatch, prompt, body.head)
         response.headers.update(dispatch.headers)
         scores = [

@@ -21,6 +21,7 @@ from lora_runtime.errors import (
     NotFound,
     Overloaded,
     StoreUnavailable,
+    VersionDamaged,
 )
 from serve.engine_client import EngineUnavailable
 from serve.gateway.receiving import BodyTimeout, BodyTooLarge
@@ -49,6 +50,7 @@ STATUS: tuple[tuple[type[LoomError], int, str], ...] = (
     (StoreUnavailable, 503, "server_error"),
     (RegistryUnavailable, 503, "server_error"),
     (RegistryStale, 503, "server_error"),
+    (VersionDamaged, 500, "server_error"),
     (EngineFault, 500, "server_error"),
     (LoomError, 500, "server_error"),
 )
@@ -84,8 +86,8 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(LoomError)
     async def _loom(request: Request, error: LoomError) -> JSONResponse:
-        if isinstance(error, EngineFault):
-            log.error("engine fault: %s", error.message)
+        if isinstance(error, EngineFault | VersionDamaged):
+            log.error("%s: %s", _snake(type(error).__name__).replace("_", " "), error.message)
         response = error_response(error)
         if (dispatch := getattr(request.state, "dispatch", None)) is not None:
             response.headers.update(dispatch.headers)  # whose fault it may have been

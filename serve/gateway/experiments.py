@@ -161,7 +161,7 @@ def feedback_router(services: Services) -> APIRouter:
             body.metric,
             body.value,
             key=body.idempotency_key,
-            owner=identity.id,
+            identity=identity,
             may_any=may_any,
         )
         return FeedbackAnswer(

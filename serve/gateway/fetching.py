@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
 from urllib.parse import urljoin
 
 import httpcore
 import httpx
 
-from lora_runtime.errors import InvalidImage
+from lora_runtime.errors import InvalidImage, Overloaded
 from serve.config import ImageSettings
 from serve.gateway.addresses import PublicNetwork
 from serve.gateway.together import together
 
 MAX_CONNECTIONS = 32
+MAX_OF_OWNER = 8
+"""Images that are fetched at once for one owner, so that nobody can take every connection."""
+MAX_OF_REQUEST = 4
+MAX_TOTAL = 4
+"""Of one request: its images may have so many times ``max_bytes`` together, and so many times ``timeout_s``."""
 MAX_REDIRECTS = 3
 MAX_URLS = 32
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -38,9 +44,13 @@ class ImageFetcher:
             max_connections=MAX_CONNECTIONS,
             network_backend=network or PublicNetwork(PORTS[scheme] for scheme in self._schemes),
         )
+        self._places = _Places()
 
-    async def fetch_all(self, urls: Iterable[str]) -> dict[str, bytes]:
-        """The images at ``urls``, each fetched once. Raises InvalidImage."""
+    async def fetch_all(self, urls: Iterable[str], owner: str = "") -> dict[str, bytes]:
+        """The images at ``urls``, each fetched once. ``owner``: for whom, whose share of the connections is used.
+
+        Raises InvalidImage, and Overloaded where others hold the connections for longer than is waited.
+        """
         wanted = list(dict.fromkeys(urls))
         if wanted and not self._settings.fetch:
             raise InvalidImage(
@@ -50,12 +60,27 @@ class ImageFetcher:
             )
         if len(wanted) > MAX_URLS:
             raise InvalidImage(f"{len(wanted)} images at URLs; at most {MAX_URLS} are fetched.", param="messages")
-        return dict(zip(wanted, await together(self._fetch(url) for url in wanted), strict=True))
+        fetch = _Request(self, owner, self._settings)
+        limit_s = MAX_TOTAL * self._settings.timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return dict(zip(wanted, await together(fetch(url) for url in wanted), strict=True))
+        except TimeoutError as error:
+            raise InvalidImage(
+                f"The images at URLs did not arrive within {limit_s:g} s together.", param="messages"
+            ) from error
 
     async def close(self) -> None:
         await self._pool.aclose()
 
-    async def _fetch(self, url: str) -> bytes:
+    @asynccontextmanager
+    async def place(self, owner: str) -> AsyncIterator[None]:
+        """One of the connections, for as long as the context lasts. Raises Overloaded."""
+        async with self._places.one_of(owner, self._settings.timeout_s):
+            yield
+
+    async def fetch(self, url: str) -> bytes:
+        """One image, for who holds a place. Raises InvalidImage."""
         limits = self._settings
         try:
             async with asyncio.timeout(limits.timeout_s):
@@ -118,3 +143,56 @@ class ImageFetcher:
         if hosts and not any(fnmatchcase(parsed.host.lower(), pattern.lower()) for pattern in hosts):
             raise InvalidImage("Images are not fetched from that host (setting images.hosts).", param="messages")
         return parsed
+
+
+class _Request:
+    """Fetches the images of one request: some at once, and so many bytes together."""
+
+    def __init__(self, fetcher: ImageFetcher, owner: str, settings: ImageSettings) -> None:
+        self._fetcher = fetcher
+        self._owner = owner
+        self._at_once = asyncio.Semaphore(MAX_OF_REQUEST)
+        self._left_bytes = self._limit_bytes = MAX_TOTAL * settings.max_bytes
+
+    async def __call__(self, url: str) -> bytes:
+        async with self._at_once, self._fetcher.place(self._owner):
+            found = await self._fetcher.fetch(url)
+        self._left_bytes -= len(found)
+        if self._left_bytes < 0:
+            raise InvalidImage(
+                f"The images at URLs have more than {self._limit_bytes} bytes together.", param="messages"
+            )
+        return found
+
+
+class _Places:
+    """Connections, shared out: each owner has ``MAX_OF_OWNER`` at most. What an owner wants beyond that waits in a
+    queue of its own and delays nobody else."""
+
+    def __init__(self) -> None:
+        self._all = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._owners: dict[str, tuple[asyncio.Semaphore, int]] = {}
+
+    @asynccontextmanager
+    async def one_of(self, owner: str, wait_s: float) -> AsyncIterator[None]:
+        """A place, waited for ``wait_s`` at most once it is the owner's turn. Raises Overloaded."""
+        own, users = self._owners.get(owner, (asyncio.Semaphore(MAX_OF_OWNER), 0))
+        self._owners[owner] = own, users + 1
+        try:
+            async with own:
+                await self._enter(wait_s)
+                try:
+                    yield
+                finally:
+                    self._all.release()
+        finally:
+            _, users = self._owners.pop(owner)
+            if users > 1:
+                self._owners[owner] = own, users - 1
+
+    async def _enter(self, wait_s: float) -> None:
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._all.acquire()
+        except TimeoutError as error:
+            raise Overloaded("Too many images are being fetched; try again shortly.", retry_after_s=1) from error

@@ -1,4 +1,8 @@
-"""``Idempotency-Key``: a change that is sent twice, since its answer was lost, happens once and answers the same."""
+"""``Idempotency-Key``: a change that is sent twice, since its answer was lost, happens once and answers the same.
+
+Two requests are the same if method, path, query and content are. The content of an upload is its files and fields, read
+from the disk where they were spooled (:func:`once`); boundaries and the order of parts do not count.
+"""
 
 from __future__ import annotations
 
@@ -28,26 +32,39 @@ def idempotent(replies: Replies) -> type[APIRoute]:
         def get_route_handler(self) -> Handler:  # type: ignore[override]
             handle = super().get_route_handler()
 
-            async def once(request: Request) -> Response:
-                key = request.headers.get(HEADER)
-                if key is None or request.method == "GET":
+            async def handled(request: Request) -> Response:
+                if not has_key(request) or request.method == "GET":
                     return await handle(request)
-                if not _SOUND.fullmatch(key):
-                    raise InvalidRequest("An idempotency key has 1 to 255 visible ASCII characters.", param=HEADER)
-                return await _once(replies, request, key, handle)
+                return await once(replies, request, await request.body(), lambda: handle(request))
 
-            return once
+            return handled
 
     return IdempotentRoute
 
 
-async def _once(replies: Replies, request: Request, key: str, handle: Handler) -> Response:
+def has_key(request: Request) -> bool:
+    return HEADER in request.headers
+
+
+async def once(
+    replies: Replies, request: Request, content: bytes, carry_out: Callable[[], Awaitable[Response]]
+) -> Response:
+    """Carry the request out, or give the answer that it had before. ``content``: its body, or a digest of that.
+
+    Raises InvalidRequest for a malformed key and for one that stood for another request, Conflict while the first
+    request runs. A request without a key is carried out.
+    """
+    key = request.headers.get(HEADER)
+    if key is None:
+        return await carry_out()
+    if not _SOUND.fullmatch(key):
+        raise InvalidRequest("An idempotency key has 1 to 255 visible ASCII characters.", param=HEADER)
     owner = request.state.identity.id
-    known = await asyncio.to_thread(replies.begin, owner, key, await _fingerprint(request))
+    known = await asyncio.to_thread(replies.begin, owner, key, _fingerprint(request, content))
     if known is not None:
         return Response(known.body, known.status, {REPLAYED: "true"}, known.content_type)
     try:
-        response = await handle(request)
+        response = await carry_out()
     except BaseException:
         await asyncio.shield(asyncio.to_thread(replies.forget, owner, key))
         raise
@@ -60,9 +77,6 @@ async def _once(replies: Replies, request: Request, key: str, handle: Handler) -
     return response
 
 
-async def _fingerprint(request: Request) -> str:
-    """Of what is asked. An upload is too large to be read for it: its length stands for it."""
-    is_form = request.headers.get("content-type", "").startswith("multipart/")
-    content = request.headers.get("content-length", "").encode() if is_form else await request.body()
+def _fingerprint(request: Request, content: bytes) -> str:
     asked = f"{request.method} {request.url.path}?{request.url.query}\n".encode()
     return hashlib.sha256(asked + content).hexdigest()

@@ -56,7 +56,7 @@ def router(services: Services) -> APIRouter:
         _check(identity, body.lora_name)
         if body.lora_name not in catalog.records:
             raise NotFound(f"The lora adapter '{body.lora_name}' cannot be found.", near=[])
-        await catalog.remove(body.lora_name, actor=identity.actor)
+        await catalog.remove(body.lora_name, identity=identity)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return routes

@@ -6,11 +6,12 @@ Progress moves no revision: gateways follow what can be served, and read jobs wh
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import delete, or_, select
@@ -142,13 +143,15 @@ class Merges:
         with self._database.reading() as session:
             return _job(_row(session, identifier))
 
-    def all(self, *, limit: int = 100, state: MergeState | None = None) -> list[MergeJob]:
-        """Newest first."""
-        wanted = select(MergeRow).order_by(MergeRow.created_at.desc(), MergeRow.id).limit(limit)
+    def all(
+        self, *, limit: int = 100, state: MergeState | None = None, reaches: Callable[[str], bool] = lambda name: True
+    ) -> list[MergeJob]:
+        """Newest first, of those whose name ``reaches`` says so."""
+        wanted = select(MergeRow).order_by(MergeRow.created_at.desc(), MergeRow.id).execution_options(yield_per=100)
         if state is not None:
             wanted = wanted.where(MergeRow.state == state)
         with self._database.reading() as session:
-            return [_job(row) for row in session.scalars(wanted)]
+            return [_job(row) for row in islice((row for row in session.scalars(wanted) if reaches(row.name)), limit)]
 
     def under_way(self, name: str, target: str = "") -> MergeJob | None:
         """The job of this name that has not ended."""

@@ -20,6 +20,14 @@ READ_AT_ONCE = 500
 """Names in one query; databases bound how many values one may have."""
 
 
+MaySee = Callable[[str], bool]
+"""Whether whoever asks may hear of an owner of uses, ``alias/<name>`` or ``experiment/<id>``."""
+
+
+def everything(_: str) -> bool:
+    return True
+
+
 class Repository:
     """Every change is one transaction, moves the revision, and leaves a row in the audit that names its ``actor``."""
 
@@ -93,22 +101,22 @@ class Repository:
                 use_hold(session)
                 return _registered(session, name, version, path, info, source=source, activate=activate, actor=actor)
 
-    def remove(self, name: str, *, actor: str = "system") -> None:
+    def remove(self, name: str, *, actor: str = "system", may_see: MaySee = everything) -> None:
         """Forget an adapter with its versions and aliases; files stay. Raises NotFound, or Conflict while it is
-        in use."""
+        in use, by what of it the caller ``may_see``."""
         with self._database.changing() as session:
             adapter = _found(session, name)
-            _check_unused(session, name, None)
+            _check_unused(session, name, None, may_see)
             note(session, actor, "adapter.delete", name, versions=[row.id for row in adapter.versions])
             session.flush()
             session.execute(delete(AdapterRow).where(AdapterRow.name == name))
 
-    def remove_version(self, name: str, version: str, *, actor: str = "system") -> None:
+    def remove_version(self, name: str, version: str, *, actor: str = "system", may_see: MaySee = everything) -> None:
         """Forget one version. Raises NotFound, or Conflict while an alias names it or it is in use."""
         with self._database.changing() as session:
             adapter = _found(session, name)
             _version(adapter, version)
-            _check_unused(session, name, version)
+            _check_unused(session, name, version, may_see)
             adapter.revision = session.info[REVISION]
             if named := [alias.name for alias in adapter.aliases if alias.version == version]:
                 raise Conflict(
@@ -200,13 +208,14 @@ def _version(adapter: AdapterRow, version: str) -> VersionRow:
     return row
 
 
-def _check_unused(session: Session, name: str, version: str | None) -> None:
+def _check_unused(session: Session, name: str, version: str | None, may_see: MaySee) -> None:
     wanted = select(UseRow.owner).where(UseRow.adapter == name).distinct().order_by(UseRow.owner)
     owners = list(session.scalars(wanted if version is None else wanted.where(UseRow.version == version)))
     if owners:
-        shown = ", ".join(" ".join(owner.split("/", 1)) for owner in owners[:3])
         what = name if version is None else f"{name}@{version[:SHOWN]}"
-        raise Conflict(f"'{what}' is what {shown} means. Move the alias, or archive the experiment.", owners=owners)
+        seen = [owner for owner in owners if may_see(owner)]
+        shown = ", ".join([" ".join(owner.split("/", 1)) for owner in seen[:3]]) or "what this key does not reach"
+        raise Conflict(f"'{what}' is what {shown} means. Move the alias, or archive the experiment.", owners=seen)
 
 
 def _move(session: Session, adapter: AdapterRow, alias: str, version: str, actor: str) -> AliasRow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -74,27 +74,28 @@ class Trials:
         key: str,
         owner: str,
         may_any: bool = False,
+        reaches: Callable[[str], bool] = lambda alias: True,
         is_last_try: bool = True,
     ) -> Noted | None:
         """Keep a value that was reported of a request; it is on disk when this returns. None where the request is not
         known yet, and it is not the last try.
 
         ``key`` tells a repeated report, which counts once, from a further one. ``owner`` must be who made the request,
-        unless ``may_any``. Raises NotFound for a request that is none of an experiment's, InvalidRequest for a metric
-        or value that was not declared or a window that has closed, Conflict for a key that stood for another value.
+        unless ``may_any``, and must reach the experiment's alias; a request beyond that is not known at all. Raises
+        NotFound for a request that is none of an experiment's, InvalidRequest for a metric or value that was not
+        declared or a window that has closed, Conflict for a key that stood for another value.
         """
         now = datetime.now(UTC)
         with self._database.adding() as session:
-            trial = session.get(TrialRow, request_id)
+            trial, plan = _reported(session, request_id, owner if not may_any else None, reaches)
             if trial is None and not is_last_try:
                 return None
-            if trial is None or not (may_any or trial.owner == owner):
+            if trial is None or plan is None:
                 raise NotFound(
                     f"No experiment answered a request '{request_id[:128]}', or its record was lost with a gateway.",
                     param="request_id",
                     near=[],
                 )
-            plan = Plan.model_validate(_plan(session, trial.experiment))
             number = _number(plan, metric, value)
             if (now - aware(trial.at)).total_seconds() > plan.feedback_window_s:
                 raise InvalidRequest(
@@ -173,8 +174,20 @@ def _insert(session: Session, table: type[Table]) -> Any:
     return sqlite.insert(table) if is_sqlite else postgresql.insert(table)
 
 
-def _plan(session: Session, experiment: str) -> dict[str, Any]:
-    return session.execute(sa.select(ExperimentRow.plan).where(ExperimentRow.id == experiment)).scalar_one()
+def _reported(
+    session: Session, request_id: str, owner: str | None, reaches: Callable[[str], bool]
+) -> tuple[TrialRow | None, Plan | None]:
+    """The request and its experiment's plan; nothing where ``owner`` is given and made it not, or that is beyond reach.
+
+    What is beyond reach is looked for as long as what does not exist, so that time tells nothing of it either.
+    """
+    wanted = sa.select(TrialRow, ExperimentRow.plan).join(ExperimentRow, ExperimentRow.id == TrialRow.experiment)
+    found = session.execute(wanted.where(TrialRow.request_id == request_id)).first()
+    if found is None:
+        return None, None
+    trial, plan = found[0], Plan.model_validate(found[1])
+    may = (owner is None or trial.owner == owner) and reaches(plan.alias)
+    return (trial, plan) if may else (None, None)
 
 
 def _number(plan: Plan, name: str, value: bool | float) -> float:

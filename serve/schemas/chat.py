@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lora_runtime.data_urls import decode_data_url, is_data_url
 from lora_runtime.engine.protocol import ChatPrompt, ImagePart, Message, Role, Sampling, TextPart, Token
-from lora_runtime.errors import InvalidImage, InvalidRequest
+from lora_runtime.errors import InvalidRequest
 from serve.schemas.common import Body, Items, SampledBody, Usage
 
 MAX_TOP_LOGPROBS = 20
@@ -50,7 +49,7 @@ class ChatMessage(Body):
         if isinstance(self.content, str):  # whose parts would be its characters
             return
         for part in self.content:
-            if isinstance(part, ImageContent) and not is_data_uri(part.image_url.url):
+            if isinstance(part, ImageContent) and not is_data_url(part.image_url.url):
                 yield part.image_url.url
 
     def to_message(self, number: int, fetched: Mapping[str, bytes]) -> Message:
@@ -135,23 +134,8 @@ class ChatRequest(SampledBody):
         return self.sampling_with(limit, (self.top_logprobs or 0) if self.logprobs else None)
 
 
-def is_data_uri(url: str) -> bool:
-    return url.startswith("data:")
-
-
 def _image(url: str, where: str, fetched: Mapping[str, bytes]) -> bytes:
-    return decode_data_uri(url, where) if is_data_uri(url) else fetched[url]
-
-
-def decode_data_uri(url: str, where: str) -> bytes:
-    """The bytes of a base64 ``data:`` URI. Raises InvalidImage."""
-    head, comma, payload = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise InvalidImage(f"{where}: the data: URI must be base64, 'data:image/png;base64,…'.", param="messages")
-    try:
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidImage(f"{where}: the image's base64 is damaged.", param="messages") from error
+    return decode_data_url(url, where) if is_data_url(url) else fetched[url]
 
 
 class AnswerMessage(BaseModel):

@@ -267,17 +267,18 @@ def test_who_may_experiment_and_report(guarded: Served):
         )
     )
     arms = [{"name": "control", "target": "support-en"}, {"name": "treatment", "target": "support-de"}]
-    definition = {"name": "language", "alias": "support-any", "arms": arms, "metrics": [{"name": "solved"}]}
+    definition = {"name": "support-language", "alias": "support-any", "arms": arms, "metrics": [{"name": "solved"}]}
     assert infer.post("/v1/experiments", json=definition).status_code == 403
     assert infer.put("/v1/aliases/support-x", json={"target": "base"}).status_code == 403
     for beyond, status in (
         ({"alias": "sales-any"}, 403),
+        ({"name": "language"}, 403),
         ({"arms": [arms[0], {"name": "treatment", "target": "sales"}]}, 404),
     ):
         assert experimenting.post("/v1/experiments", json=definition | beyond).status_code == status
     experimenting.post("/v1/experiments", json=definition).raise_for_status()
-    experimenting.post("/v1/experiments/language/run", json={}).raise_for_status()
-    assert other.get("/v1/experiments/language").status_code == 403
+    experimenting.post("/v1/experiments/support-language/run", json={}).raise_for_status()
+    assert other.get("/v1/experiments/support-language").status_code == 403
     ask = {"model": "support-any", "prompt": "hi", "user": "u"}
     answer = infer.post("/v1/completions", json=ask)
     assert answer.headers["X-Assignment"] == "hash"
@@ -290,11 +291,12 @@ def test_who_may_experiment_and_report(guarded: Served):
     again = experimenting.post("/v1/feedback", json={**report, "idempotency_key": "judge"})
     assert again.status_code == 200, "who runs the experiment may report for all"
     by_tenant = {"attribute": "tenant", "any_of": ["somebody else"]}
-    changed = experimenting.patch("/v1/experiments/language", json={"conditions": [by_tenant], "new_phase": True})
+    narrowed = {"conditions": [by_tenant], "new_phase": True}
+    changed = experimenting.patch("/v1/experiments/support-language", json=narrowed)
     assert changed.status_code == 200
     assert infer.post("/v1/completions", json=ask).headers["X-Assignment"] == "not_enrolled"
-    experimenting.post("/v1/experiments/language/roll_back", json={}).raise_for_status()
-    entry = experimenting.get("/v1/experiments/language/history").json()["data"][0]
+    experimenting.post("/v1/experiments/support-language/roll_back", json={}).raise_for_status()
+    entry = experimenting.get("/v1/experiments/support-language/history").json()["data"][0]
     assert entry["actor"].startswith("someone ("), "the history names the key"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from lora_runtime.checkpoint import fingerprint
-from lora_runtime.errors import MergeRefused
+from lora_runtime.errors import MergeRefused, VersionDamaged
 from lora_runtime.merge.job import JobRecipe
 from lora_runtime.zoo.paths import ADAPTERS
 from serve.config import Settings
@@ -69,6 +70,23 @@ def test_files_that_are_gone_and_examples_that_are_wrong_are_told_together(setti
         planned(recipe(search=search), [missing], settings)
     gone, wrong = caught.value.facts["problems"]
     assert "'shape'" in gone and "search.examples" in wrong and "answer" in wrong
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut", "changed", "bucket"])
+def test_what_the_store_damaged_is_not_the_recipes_fault(settings: Settings, tmp_path: Path, harm: str):
+    shutil.copytree(ADAPTERS["shape"], tmp_path / "shape")
+    (one,) = named("shape")
+    tensors = tmp_path / "shape" / "adapter_model.safetensors"
+    if harm == "gone":
+        tensors.unlink()
+    elif harm == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:-100])
+    elif harm == "changed":
+        tensors.write_bytes((ADAPTERS["size"] / "adapter_model.safetensors").read_bytes())
+    location = "memory://nowhere/0" if harm == "bucket" else str(tmp_path / "shape")
+    with pytest.raises(VersionDamaged, match=f"shape@{one.version[:12]}"):
+        planned(recipe(), [replace(one, location=location)], settings)
+    assert planned(recipe(), named("shape"), settings)
 
 
 def test_weights_of_a_search_start_the_recipe_anew():

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
-from threading import Thread
+from threading import Event, Thread
 
 import httpcore
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_runtime.errors import InvalidImage
+from lora_runtime.errors import InvalidImage, Overloaded
 from serve.config import ImageSettings
+from serve.gateway import addresses
 from serve.gateway.addresses import PublicNetwork, is_public, resolved
-from serve.gateway.fetching import ImageFetcher
+from serve.gateway.fetching import MAX_CONNECTIONS, MAX_OF_OWNER, MAX_OF_REQUEST, ImageFetcher
 
 PUBLIC = "93.184.216.34"
 NAMES = {
@@ -86,8 +88,6 @@ class Recorder(httpcore.AnyIOBackend):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ThreadingHTTPServer]:
-    from threading import Event
-
     opened = ThreadingHTTPServer(("127.0.0.1", 0), Pages)
     opened.left = Event()
     opened.daemon_threads = True
@@ -136,6 +136,11 @@ LOCAL = [
     "[::ffff:169.254.169.254]", "[fe80::1]", "[fd00:ec2::254]", "[fc00::1]", "[fec0::1]", "[ff02::1]", "224.0.0.1",
     "240.0.0.1", "255.255.255.255", "192.0.0.192", "192.0.2.1", "198.18.0.1", "198.51.100.1", "203.0.113.1",
     "192.88.99.1", "168.63.129.16", "[2001:db8::1]", "[3fff::1]", "[5f00::1]", "[100::1]",
+    "[::ffff:0:127.0.0.1]", "[::ffff:0:a9fe:a9fe]", "[64:ff9b::a9fe:a9fe]", "[2002:a9fe:a9fe::1]", "[::ffff:a00:1]",
+    "[::ffff:100.64.0.1]", "[0:0:0:0:0:ffff:7f00:1]", "[0:0:0:0:0:0:0:1]", "127.0.0.1.", "127。0。0。1", "１２７.0.0.1",
+    "①②⑦.⓪.⓪.①", "%31%32%37.0.0.1", "0x7f.1", "127.0.0x0.1", "0xA9FEA9FE", "2852039166", "0251.0376.0251.0376",
+    "0xa9.0xfe.0xa9.0xfe", "169.254.43518", "[2001:10::1]", "[2001:20::1]", "[fec0::ffff]", "[fd12:3456:789a::1]",
+    "[fe80::a9fe:a9fe]", "[ff05::2]", "192.0.0.8", "192.0.0.170", "239.255.255.250", "0.1.2.3", "localhost.localdomain",
     "inside.example", "both.example", "metadata.example", "none.example",
 ]  # fmt: skip
 
@@ -228,3 +233,82 @@ def test_a_public_address_is_global_in_every_form(address):
         assert address.is_global and not address.is_private and not address.is_loopback and not address.is_link_local
     if address.version == 4:
         assert is_public(ip_address(f"::ffff:{address}")) == is_public(address)
+
+
+async def test_one_request_takes_a_few_connections_and_one_owner_not_all(recorder: Recorder):
+    """Hosts that never answer hold their own owner's places; everyone else's images are fetched meanwhile."""
+    settings = ImageSettings(fetch=True, allow_http=True, timeout_s=20)
+    fetcher = ImageFetcher(settings, PublicNetwork([80], recorder, resolve))
+    held = [
+        asyncio.create_task(
+            fetcher.fetch_all([f"http://pictures.example/slow/{number}-{each}" for each in range(32)], "hostile")
+        )
+        for number in range(4)
+    ]
+    while len(recorder.asked) < MAX_OF_OWNER:
+        await asyncio.sleep(0.01)
+    for owner in ("a", "b"):
+        found = await asyncio.wait_for(fetcher.fetch_all(["http://pictures.example/image"], owner), 10)
+        assert list(found.values()) == [IMAGE]
+    assert recorder.asked == [PUBLIC] * len(recorder.asked) and len(recorder.asked) <= MAX_OF_OWNER + 2
+    for task in held:
+        task.cancel()
+    await asyncio.gather(*held, return_exceptions=True)
+    assert list((await fetcher.fetch_all(["http://pictures.example/image"], "hostile")).values()) == [IMAGE]
+    await fetcher.close()
+
+
+async def test_a_request_alone_opens_few_connections(recorder: Recorder):
+    fetcher = ImageFetcher(
+        ImageSettings(fetch=True, allow_http=True, timeout_s=0.5), PublicNetwork([80], recorder, resolve)
+    )
+    urls = [f"http://pictures.example/slow/{number}" for number in range(32)]
+    with pytest.raises(InvalidImage, match="no answer"):
+        await asyncio.wait_for(fetcher.fetch_all(urls, "a"), 10)
+    assert len(recorder.asked) <= MAX_OF_REQUEST
+    await fetcher.close()
+
+
+async def test_many_owners_who_hold_everything_make_others_come_again(recorder: Recorder):
+    fetcher = ImageFetcher(
+        ImageSettings(fetch=True, allow_http=True, timeout_s=1.0), PublicNetwork([80], recorder, resolve)
+    )
+    async with AsyncExitStack() as held:
+        for number in range(MAX_CONNECTIONS):
+            await held.enter_async_context(fetcher.place(f"owner {number}"))
+        with pytest.raises(Overloaded, match="try again"):
+            await fetcher.fetch_all(["http://pictures.example/image"], "late")
+    assert list((await fetcher.fetch_all(["http://pictures.example/image"], "late")).values()) == [IMAGE]
+    await fetcher.close()
+
+
+async def test_the_images_of_a_request_are_bounded_together(recorder: Recorder):
+    fetcher = ImageFetcher(
+        ImageSettings(fetch=True, allow_http=True, max_bytes=1100), PublicNetwork([80], recorder, resolve)
+    )
+    urls = [f"http://pictures.example/{number}" for number in range(5)]
+    assert len(await fetcher.fetch_all(urls[:4])) == 4
+    with pytest.raises(InvalidImage, match="4400 bytes together"):
+        await fetcher.fetch_all(urls)
+    await fetcher.close()
+
+
+async def test_silent_name_servers_leave_the_other_threads_alone(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
+    """The registry is read on the event loop's own threads."""
+    answered = Event()
+
+    def silent(*_: object, **__: object) -> list[object]:
+        answered.wait(20)
+        return []
+
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", silent)
+    fetcher = ImageFetcher(ImageSettings(fetch=True, allow_http=True, timeout_s=0.5), PublicNetwork([80], recorder))
+    try:
+        for owner in range(7):
+            urls = [f"http://{number}.silent.example/" for number in range(4)]
+            with pytest.raises(InvalidImage, match="no answer"):
+                await fetcher.fetch_all(urls, str(owner))
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "read"), 5) == "read"
+    finally:
+        answered.set()
+        await fetcher.close()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from tests.fakes import EMPTY_TENSORS, write_fake_adapter
-from tests.gateways import gateway
+from tests.gateways import application
 from tests.unit.serve.conftest import new_database
 
 MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
@@ -59,7 +59,7 @@ def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     }
     with ExitStack() as stack:
         url = stack.enter_context(new_database()) if request.param == "postgresql" else None
-        app = gateway({"state_dir": str(folder / "state"), "registry": {"url": url}, "adapters": adapters})
+        app = application({"state_dir": str(folder / "state"), "registry": {"url": url}, "adapters": adapters})
         running = stack.enter_context(TestClient(app, raise_server_exceptions=False))
         assert running.put("/v1/aliases/live", json={"target": "shape"}).status_code == 200
         made = running.post("/v1/experiments", json={**EXPERIMENT, "alias": "live", "name": "live", "conditions": []})

@@ -144,3 +144,12 @@ def test_what_was_done_is_in_the_audit_and_moves_no_revision(url: str):
         ("merge.failed", "ada"), ("merge.create", "ada"),
     ]  # fmt: skip
     assert repository.revision() == before
+
+
+def test_jobs_beyond_reach_take_no_place_in_a_list(merges: Merges):
+    ours = [create(merges, f"ours-{number}") for number in range(2)]
+    for number in range(3):
+        create(merges, f"theirs-{number}")
+    found = merges.all(limit=2, reaches=lambda name: name.startswith("ours-"))
+    assert [job.id for job in found] == [job.id for job in reversed(ours)]
+    assert len(merges.all(limit=2)) == 2

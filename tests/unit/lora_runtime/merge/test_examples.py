@@ -131,7 +131,7 @@ GOOD = {"prompt": "?", "answer": "!"}
         ({**GOOD, "image": "https://example.org/a.png"}, "nothing is fetched"),
         ({**GOOD, "image": "file:///etc/passwd"}, "nothing is fetched"),
         ({**GOOD, "image": "data:text/html,hi"}, "data: URL"),
-        ({**GOOD, "image": "data:image/png;base64,***"}, "no base64"),
+        ({**GOOD, "image": "data:image/png;base64,***"}, "base64 is damaged"),
         ({**GOOD, "image": "data:image/png;base64,"}, "is empty"),
         ({**GOOD, "image": ["pictures/one.png"] * 17}, "more than 16 images"),
         (dict(GOOD, prompt="the first"), "asks the same as line 1"),
