@@ -8,8 +8,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from lora_runtime.errors import (
     AdapterTooLarge,
@@ -23,6 +24,7 @@ from lora_runtime.errors import (
     StoreUnavailable,
 )
 from serve.engine_client import EngineUnavailable
+from serve.exposition import MetricsUnavailable
 from serve.identity import Forbidden, Unauthenticated
 from serve.registry.database import RegistryUnavailable
 from serve.schemas.common import ErrorBody, ErrorDetail
@@ -45,6 +47,7 @@ STATUS: tuple[tuple[type[LoomError], int, str], ...] = (
     (EngineUnavailable, 503, "server_error"),
     (StoreUnavailable, 503, "server_error"),
     (RegistryUnavailable, 503, "server_error"),
+    (MetricsUnavailable, 503, "server_error"),
     (EngineFault, 500, "server_error"),
     (LoomError, 500, "server_error"),
 )
@@ -84,6 +87,10 @@ def install_handlers(app: FastAPI) -> None:
         if (dispatch := getattr(request.state, "dispatch", None)) is not None:
             response.headers.update(dispatch.headers)  # whose fault it may have been
         return response
+
+    @app.exception_handler(ClientDisconnect)
+    async def _left(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_LEFT)  # nobody reads it
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
