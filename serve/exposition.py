@@ -16,6 +16,7 @@ import httpx
 import ray
 
 from lora_runtime.errors import LoomError
+from serve.gateway.together import together
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIXES = {"ray_loom_": "loom_", "ray_vllm_": "vllm:"}
@@ -50,7 +51,7 @@ class ClusterMetrics:
     async def _read(self) -> str:
         addresses = await asyncio.to_thread(self._addresses)
         async with httpx.AsyncClient(timeout=NODE_TIMEOUT_S, trust_env=False) as client:
-            texts = await asyncio.gather(*(_fetched(client, address) for address in addresses))
+            texts = await together(_fetched(client, address) for address in addresses)
         return await asyncio.to_thread(merged, texts)
 
 

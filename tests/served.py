@@ -20,6 +20,8 @@ import psutil
 import yaml
 
 START_TIMEOUT_S = 150
+METRICS_S = 1.0
+"""How often replicas export what they counted."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def served(
             + (["--address", address] if address else []),
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "COLUMNS": "200"},
+            env={**os.environ, "COLUMNS": "200", "RAY_metrics_report_interval_ms": str(round(1000 * METRICS_S))},
             start_new_session=True,
         )
     scheme = "https" if "tls_key" in settings["server"] else "http"

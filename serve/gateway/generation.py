@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
 
 from lora_runtime.engine.protocol import GenerateRequest, Prompt, Sampling, Token, TokenEvent, Usage
 from lora_runtime.errors import DeadlineExceeded, EngineFault, LoomError, NotFound
@@ -150,7 +149,6 @@ class Generation:
         self._request = request
         self._events: AsyncIterator[Events] = services.engines.generate(request)
         self._first: Events = []
-        self._has_ended = False
         self._begun = time.monotonic()
         self._first_at: float | None = None
         self._last_at = self._begun
@@ -215,17 +213,8 @@ class Generation:
     def _decoding_s(self) -> float:
         return 0.0 if self._first_at is None else self._last_at - self._first_at
 
-    async def close(self) -> None:
-        """Cancel what still runs. Counts the request as left by its client, if it has not ended before."""
-        closing = getattr(self._events, "aclose", None)
-        if closing is not None:
-            await closing()
-        if not self._has_ended:
-            self.end(CLIENT_LEFT)
-
     def end(self, status: int) -> None:
         """Count the request as ended so."""
-        self._has_ended = True
         self._services.metrics.answered(self._route, self._target, status, time.monotonic() - self._begun)
         first_s = None if self._first_at is None else self._first_at - self._begun
         self._dispatch.ended(status, first_s, self._decoding_s, self.usage)
@@ -252,7 +241,7 @@ def event_stream(
     An error after the first byte is an event of its own with OpenAI's error body, and ends the stream.
     """
 
-    async def lines() -> AsyncGenerator[str, None]:
+    async def lines() -> AsyncIterator[str]:
         for first in opening:
             yield _line(first)
         try:
@@ -267,24 +256,7 @@ def event_stream(
             yield _line(closing(total([generation.usage])))
         yield "data: [DONE]\n\n"
 
-    return _EventStream(generation, lines(), headers)
-
-
-class _EventStream(StreamingResponse):
-    """A stream whose generation is over when the response is, also where the client left before its first line: then
-    Starlette never starts the lines, and would end a started one only when it is collected as garbage."""
-
-    def __init__(self, generation: Generation, lines: AsyncGenerator[str, None], headers: dict[str, str]) -> None:
-        super().__init__(lines, media_type="text/event-stream", headers={**SSE_HEADERS, **headers})
-        self._generation = generation
-        self._lines = lines
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._lines.aclose()
-            await self._generation.close()
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={**SSE_HEADERS, **headers})
 
 
 def _line(model: BaseModel) -> str:
