@@ -94,6 +94,7 @@ class EngineReplica:
         return self._engine.info
 
     async def stats(self) -> EngineStats:
+        """A snapshot of the engine's state, with those who wait for their turn here."""
         return self._stats()
 
     def _stats(self) -> EngineStats:

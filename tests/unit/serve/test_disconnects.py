@@ -22,7 +22,6 @@ from lora_runtime.engine.protocol import (
     Classification,
     ClassifyRequest,
     EngineInfo,
-    EngineStats,
     GenerateRequest,
     TokenEvent,
 )
@@ -68,9 +67,6 @@ class Engines:
 
     async def info(self) -> EngineInfo:
         return self._engine.info
-
-    async def stats(self) -> list[EngineStats]:
-        return [self._engine.stats()]
 
 
 @dataclass
