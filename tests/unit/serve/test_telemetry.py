@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,3 +145,23 @@ def test_an_engines_counters_are_exported_by_what_they_grew(book: Book):
     assert book.gauges["vllm_kv_cache_usage_perc", ()] == 0.25
     slots = {state: book.gauges["loom_engine_slots", (("state", state),)] for state in ("held", "idle", "free")}
     assert slots == {"held": 1, "idle": 1, "free": 6}
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllms_names_are_vllms(monkeypatch: pytest.MonkeyPatch):
+    loggers = Path(find_spec("vllm").origin).parent / "v1" / "metrics" / "loggers.py"
+    named: dict[str, set[str]] = {}
+
+    def make(name: str, _: str, *arguments: Any, fixed: dict[str, str] | None = None) -> None:
+        labels = {label for found in arguments if not all(isinstance(x, int | float) for x in found) for label in found}
+        named[name] = labels | set(fixed or ())
+
+    for kind in ("counter", "gauge", "histogram"):
+        monkeypatch.setattr(engine_telemetry, kind, make)
+    EngineMetrics("base", max_names=1)
+    ours = {name.removeprefix("vllm_"): labels for name, labels in named.items() if name.startswith("vllm_")}
+    assert len(ours) == 14 and all({"model_name", "engine", "ReplicaId"} <= labels for labels in ours.values())
+    assert "finished_reason" in ours["request_success"]
+    theirs = set(re.findall(r'name="vllm:(\w+)"', loggers.read_text()))
+    assert set(ours) <= theirs, set(ours) - theirs
