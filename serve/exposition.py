@@ -9,6 +9,7 @@ number in it belongs to the gateway that answers. Ray's prefix is taken off, so 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -21,8 +22,6 @@ from serve.gateway.together import together
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIXES = {"ray_loom_": "loom_", "ray_vllm_": "vllm:"}
 """Ray's spelling of names, and how they are shown."""
-KEEP_S = 1.0
-"""A text is given out again for so long, so that many who ask are no load on the nodes."""
 NODE_TIMEOUT_S = 5.0
 
 
@@ -38,14 +37,20 @@ class ClusterMetrics:
         self._addresses = addresses
         self._lock = asyncio.Lock()
         self._text = ""
-        self._read_at: float | None = None
+        self._begun_at = -math.inf
 
     async def text(self) -> str:
-        """All samples of Loom's, at most a second old. Raises MetricsUnavailable."""
+        """All samples of Loom's, read after this was asked. Raises MetricsUnavailable.
+
+        Whoever asks while the nodes are read shares the next reading, so that many are no load on the nodes. An older
+        text is never given out: after one from another gateway, its counts would go back.
+        """
+        asked_at = time.monotonic()
         async with self._lock:
-            if self._read_at is None or time.monotonic() - self._read_at > KEEP_S:
+            if self._begun_at < asked_at:
+                begun_at = time.monotonic()
                 self._text = await self._read()
-                self._read_at = time.monotonic()
+                self._begun_at = begun_at
             return self._text
 
     async def _read(self) -> str:
