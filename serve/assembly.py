@@ -10,9 +10,11 @@ from fastapi import FastAPI
 from serve.assigner import Assigner
 from serve.catalog import Catalog
 from serve.config import Settings
+from serve.disconnects import DisconnectMiddleware
 from serve.engine_client import EngineClient
 from serve.experimentation import Experimentation
 from serve.experiments.recorder import Recorder
+from serve.exposition import ClusterMetrics, node_addresses
 from serve.follower import Follower
 from serve.gateway.app import create_app
 from serve.gateway.fetching import ImageFetcher
@@ -86,6 +88,7 @@ def gateway_app(settings: Settings, engines: EngineClient, ensure_runner: Callab
         catalog=catalog,
         engines=engines,
         metrics=metrics,
+        exported=ClusterMetrics(node_addresses),
         store=store,
         assigner=assigner,
         experiments=experimentation,
@@ -99,7 +102,7 @@ def gateway_app(settings: Settings, engines: EngineClient, ensure_runner: Callab
         timeout_s=settings.server.request_timeout_s,
         isolates_caches=settings.auth.isolate_caches,
     )
-    return create_app(
+    app = create_app(
         services,
         follower,
         keys,
@@ -119,3 +122,5 @@ def gateway_app(settings: Settings, engines: EngineClient, ensure_runner: Callab
         preload=settings.adapters.preload,
         behind_proxy=True,
     )
+    app.add_middleware(DisconnectMiddleware)
+    return app

@@ -18,7 +18,6 @@ from lora_runtime.engine.protocol import (
     Classification,
     ClassifyRequest,
     EngineInfo,
-    EngineStats,
     GenerateRequest,
     TokenEvent,
 )
@@ -34,7 +33,6 @@ from serve.ray_internals import by_itself
 log = logging.getLogger(__name__)
 
 PREFETCH_S = 30.0
-STATS_S = 5.0
 Events = list[TokenEvent]
 """Events that became available together."""
 
@@ -58,9 +56,6 @@ class EngineClient(Protocol):
         """Have every engine bring ``adapter`` near; what fails or takes long is left to the requests that need it."""
 
     async def info(self) -> EngineInfo: ...
-
-    async def stats(self) -> list[EngineStats]:
-        """Of every replica that answers."""
 
 
 class HandleClient:
@@ -104,13 +99,6 @@ class HandleClient:
 
     async def info(self) -> EngineInfo:
         return await self._call(self._engines.info)
-
-    async def stats(self) -> list[EngineStats]:
-        try:
-            found = await self._engines.broadcast("stats").results_async(timeout_s=STATS_S, return_exceptions=True)
-        except (RayError, RayServeException, TimeoutError) as error:
-            raise translated(error) from error
-        return [stats for stats in found if isinstance(stats, EngineStats)]
 
     async def _call(self, method: Any, *arguments: Any) -> Any:
         response = by_itself(lambda: method.remote(*arguments))

@@ -13,6 +13,7 @@ from serve.logs import configure
 from serve.planner import planned
 from serve.ray_internals import listen_as_the_node_does
 from serve.storage import copies_of, sources_of, store_of
+from serve.work_telemetry import IntakeMetrics
 
 
 class IntakeReplica:
@@ -24,10 +25,12 @@ class IntakeReplica:
         self._settings = checked = taken_over(settings)
         configure(checked.telemetry.log_level)
         examiner = create_examiner(checked.engine.kind, checked.engine_options)
+        self._metrics = IntakeMetrics()
         self._intake = Intake(store_of(checked), sources_of(checked), copies_of(checked), examiner)
 
     async def admit(self, source: Source) -> Admitted:
-        return await self._intake.admit(source)
+        with self._metrics.admission():
+            return await self._intake.admit(source)
 
     async def plan(self, recipe: JobRecipe, named: Sequence[Named]) -> Plan:
         return await asyncio.to_thread(planned, recipe, named, self._settings)

@@ -27,6 +27,7 @@ from lora_runtime.errors import DeadlineExceeded, LoomError, Overloaded, TurnTim
 from lora_runtime.store.factory import local_path
 from serve.background import ended
 from serve.damage import store_answers_for
+from serve.engine_telemetry import EngineMetrics, Sampler
 from serve.fairness import FairQueue
 from serve.handover import Handover, taken_over
 from serve.logs import REQUEST_ID, configure
@@ -59,14 +60,17 @@ class EngineReplica:
         self._has_started = False
         configure(checked.telemetry.log_level)
         self._tracing = Tracing(checked.telemetry, "engine")
+        self._metrics = EngineMetrics(checked.base.name, checked.telemetry.adapter_labels)
+        self._sampler = Sampler(self._metrics, self._stats)
         self._warmth = Warmth(self._engine, self._brought, tell_routers)
         self._pins = PinFollower(checked.registry_url, self._warmth.want)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[TokenEvent], None]:
         """Events in lists: what came while the last list travelled goes out together."""
         has_begun = False
-        with self._traced("engine.generate", request) as span:
+        with self._traced("engine.generate", request) as span, self._metrics.request(request.adapters) as seen:
             async with self._turn(request, request.sampling.n, span) as (placed, given_up):
+                seen.has_turn()
                 async with aclosing(coalesced(self._engine.generate(placed))) as batches:
                     async for events in batches:
                         if given_up.is_set():
@@ -74,12 +78,16 @@ class EngineReplica:
                         if not has_begun:
                             span.add_event("first tokens")
                             has_begun = True
+                        seen.produced(events)
                         yield events
 
     async def classify(self, request: ClassifyRequest) -> Classification:
-        with self._traced("engine.classify", request) as span:
+        with self._traced("engine.classify", request) as span, self._metrics.request(request.adapters) as seen:
             async with self._turn(request, 1, span) as (placed, _):
-                return await self._engine.classify(placed)
+                seen.has_turn()
+                found = await self._engine.classify(placed)
+                seen.usage = found.usage
+                return found
 
     async def prefetch(self, adapter: AdapterRef) -> None:
         """Bring an adapter to this machine, and into host memory."""
@@ -89,6 +97,10 @@ class EngineReplica:
         return self._engine.info
 
     async def stats(self) -> EngineStats:
+        """A snapshot of the engine's state, with those who wait for their turn here."""
+        return self._stats()
+
+    def _stats(self) -> EngineStats:
         stats = self._engine.stats()
         return replace(stats, waiting=stats.waiting + self._turns.num_waiting)
 
@@ -101,6 +113,7 @@ class EngineReplica:
             self._turns = FairQueue(lanes + max(MORE_INSIDE, lanes // 2), self._max_waiting)
             self._warmth.start()
             self._pins.start()
+            self._sampler.start(self._engine.info.max_slots)
         await self._engine.check_health()
 
     @contextmanager
@@ -160,6 +173,7 @@ class EngineReplica:
             return  # the constructor failed; Ray calls this all the same
         await self._pins.stop()
         await self._warmth.stop()
+        await self._sampler.stop()
         await self._engine.close()
         self._tracing.close()
 

@@ -17,7 +17,6 @@ from lora_runtime.engine.protocol import (
     Classification,
     ClassifyRequest,
     EngineInfo,
-    EngineStats,
     GenerateRequest,
     TokenEvent,
 )
@@ -63,9 +62,6 @@ class LocalEngines:
 
     async def info(self) -> EngineInfo:
         return self.engine.info
-
-    async def stats(self) -> list[EngineStats]:
-        return [self.engine.stats()]
 
 
 def application(settings: dict[str, Any]) -> FastAPI:

@@ -20,6 +20,8 @@ import psutil
 import yaml
 
 START_TIMEOUT_S = 150
+METRICS_S = 1.0
+"""How often replicas export what they counted."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def served(
 def _environment(address: str | None) -> dict[str, str]:
     """A local Ray is started as users start it, with its token; a test's own cluster has none."""
     inherited = {name: value for name, value in os.environ.items() if address or not name.startswith("RAY_AUTH_")}
-    return {**inherited, "COLUMNS": "200"}
+    return {**inherited, "COLUMNS": "200", "RAY_metrics_report_interval_ms": str(round(1000 * METRICS_S))}
 
 
 def _wait_until_ready(running: Served, verify: ssl.SSLContext | bool) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from lora_runtime.errors import (
     AdapterTooLarge,
@@ -24,6 +25,7 @@ from lora_runtime.errors import (
     VersionDamaged,
 )
 from serve.engine_client import EngineUnavailable
+from serve.exposition import MetricsUnavailable
 from serve.gateway.receiving import BodyTimeout, BodyTooLarge
 from serve.identity import Forbidden, Unauthenticated
 from serve.registry.errors import RegistryStale, RegistryUnavailable
@@ -51,6 +53,7 @@ STATUS: tuple[tuple[type[LoomError], int, str], ...] = (
     (RegistryUnavailable, 503, "server_error"),
     (RegistryStale, 503, "server_error"),
     (VersionDamaged, 500, "server_error"),
+    (MetricsUnavailable, 503, "server_error"),
     (EngineFault, 500, "server_error"),
     (LoomError, 500, "server_error"),
 )
@@ -92,6 +95,10 @@ def install_handlers(app: FastAPI) -> None:
         if (dispatch := getattr(request.state, "dispatch", None)) is not None:
             response.headers.update(dispatch.headers)  # whose fault it may have been
         return response
+
+    @app.exception_handler(ClientDisconnect)
+    async def _left(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_LEFT)  # nobody reads it
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:

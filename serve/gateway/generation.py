@@ -23,6 +23,7 @@ from serve.engine_client import EngineClient, Events
 from serve.experimentation import Experimentation
 from serve.experiments.blame import Blame
 from serve.experiments.recorder import Recorder
+from serve.exposition import ClusterMetrics
 from serve.gateway.dispatch import Dispatch, forced_variant, subject_of
 from serve.gateway.errors import CLIENT_LEFT, error_body
 from serve.gateway.fetching import ImageFetcher
@@ -60,6 +61,7 @@ class Services:
     catalog: Catalog
     engines: EngineClient
     metrics: Metrics
+    exported: ClusterMetrics
     store: Store
     garbage: Garbage
     replies: Replies

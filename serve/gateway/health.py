@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST
 
-from lora_runtime.errors import LoomError
 from serve.engine_client import EngineUnavailable
+from serve.exposition import CONTENT_TYPE
 from serve.follower import Follower
 from serve.gateway.generation import Services
 
@@ -36,12 +35,8 @@ def router(services: Services, follower: Follower) -> APIRouter:
             "registry_age_s": round(follower.age_s, 1),
         }
 
-    @routes.get("/metrics", summary="Prometheus text of this gateway, and sums over engine replicas")
+    @routes.get("/metrics", summary="Prometheus text of all replicas, whichever gateway is asked")
     async def metrics() -> Response:
-        try:
-            engines = await asyncio.wait_for(services.engines.stats(), ENGINE_TIMEOUT_S)
-        except (LoomError, TimeoutError):
-            engines = []  # the gateway's own numbers are wanted most when engines are in trouble
-        return Response(services.metrics.exposition(engines), media_type=CONTENT_TYPE_LATEST)
+        return Response(await services.exported.text(), media_type=CONTENT_TYPE)
 
     return routes

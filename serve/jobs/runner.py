@@ -15,9 +15,10 @@ from serve.logs import configure
 from serve.registry.database import Database
 from serve.registry.errors import RegistryUnavailable
 from serve.registry.garbage import Garbage
-from serve.registry.merges import LeaseLost, MergeJob, Merges, MergeState
+from serve.registry.merges import ENDED, LeaseLost, MergeJob, Merges, MergeState
 from serve.registry.repository import Repository
 from serve.storage import store_of
+from serve.work_telemetry import MergeMetrics
 
 POLL_S = 1.0
 
@@ -36,6 +37,7 @@ class Runner:
         self._repository = Repository(database)
         self._store = store_of(settings)
         self._garbage = Garbage(database, self._store, timedelta(seconds=settings.store.grace_s))
+        self._metrics = MergeMetrics()
         self._owner = uuid.uuid4().hex
         self._stopping = threading.Event()
         self._threads: dict[str, threading.Thread] = {}
@@ -53,6 +55,7 @@ class Runner:
     def _work(self) -> None:
         while not self._stopping.wait(POLL_S):
             self._threads = {job: thread for job, thread in self._threads.items() if thread.is_alive()}
+            self._metrics.running(len(self._threads))
             if len(self._threads) >= self._settings.merges.at_once:
                 continue
             try:
@@ -78,6 +81,9 @@ class Runner:
         )
         try:
             self._carry_out(job, run)
+            state = self._merges.get(job.id).state
+            if state in ENDED:
+                self._metrics.ended(state)
         except (LeaseLost, RegistryUnavailable) as error:
             # What was done is recorded, and whoever claims the job next goes on from there.
             log.warning("%s is left: %s", job.id, error)

@@ -27,7 +27,9 @@ from safetensors.torch import save_file
 
 from lora_runtime.layout import BaseLayout
 from lora_runtime.zoo import paths
-from tests.served import Served, served
+from serve.engine_telemetry import SAMPLE_S
+from tests.metrics import scrape
+from tests.served import METRICS_S, Served, served
 
 TOKENS = 16
 RANK = 4
@@ -109,8 +111,10 @@ class Traffic:
 
 
 def counters(service: Served) -> dict[str, float]:
-    text = httpx.get(f"{service.url}/metrics", timeout=30).text
-    return {name: float(value) for name, value in re.findall(r'loom_engine\{value="(\w+)"\} (\S+)', text)}
+    time.sleep(3 * METRICS_S + SAMPLE_S)  # until what was counted is there
+    found = scrape(service.url)
+    names = {name for name, _ in found.values if name.startswith("loom_engine_") and name.endswith("_total")}
+    return {name.removeprefix("loom_engine_").removesuffix("_total"): found.total(name) for name in names}
 
 
 def percentile(values: list[float], share: float) -> float:

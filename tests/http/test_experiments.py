@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from serve.cli import app
 from tests.fakes import write_fake_adapter
+from tests.metrics import eventually
 from tests.served import Served, served
 
 
@@ -269,7 +270,7 @@ def test_an_arm_that_cannot_serve_is_left_for_what_the_alias_means(http: httpx.C
     assert (control["means"]["error_rate"], treatment["means"]["error_rate"]) == (0.0, 1.0)
 
 
-def test_shadow_arms_are_compared_and_answer_nobody(http: httpx.Client):
+def test_shadow_arms_are_compared_and_answer_nobody(http: httpx.Client, service: Served):
     arms = [{"name": "control", "target": "old"}, {"name": "idea", "target": "new:0.5+third:0.5", "shadow": True}]
     create(http, "shadowed", arms=arms, shadow={"share": 1.0, "store_prompts": True})
     act(http, "shadowed", "shadow")
@@ -286,10 +287,8 @@ def test_shadow_arms_are_compared_and_answer_nobody(http: httpx.Client):
     assert newest["shadow_answer"].startswith("new:0.5+third:0.5 ") and newest["shadow"] == "idea"
     page = http.get("/v1/experiments/shadowed/pairs", params={"limit": 2, "before": pairs[1]["id"]}).json()
     assert [pair["id"] for pair in page["data"]] == [pairs[2]["id"], pairs[3]["id"]] and page["has_more"]
-    assert (
-        'loom_shadow_requests_total{experiment="shadowed",outcome="answered",variant="idea"}'
-        in http.get("/metrics").text
-    )
+    copied = {"experiment": "shadowed", "outcome": "answered", "variant": "idea"}
+    eventually(service.url, lambda found: found.total("loom_shadow_requests_total", **copied) == 5)
 
 
 def test_the_command_line(http: httpx.Client, service: Served, tmp_path: Path):
@@ -320,7 +319,7 @@ def test_the_command_line(http: httpx.Client, service: Served, tmp_path: Path):
     assert "cannot be read" in loom("experiments", "create", str(tmp_path / "none.yaml"), status=1)
 
 
-def test_shadow_arms_give_way(http: httpx.Client):
+def test_shadow_arms_give_way(http: httpx.Client, service: Served):
     """An engine with 24 places, kept busy by 14 users: few copies find room, and nobody's answer is late for one."""
     arms = [{"name": "control", "target": "old"}, {"name": "idea", "target": "new", "shadow": True}]
     create(http, "busy", arms=arms, shadow={"share": 1.0})
@@ -336,15 +335,10 @@ def test_shadow_arms_give_way(http: httpx.Client):
     alone = burst()
     act(http, "busy", "shadow")
     beside = burst()
-    counted = 'loom_shadow_requests_total{experiment="busy",outcome="%s",variant="idea"}'
-    dropped, answered = (metric(http, counted % outcome) for outcome in ("dropped", "answered"))
-    assert dropped > 40 and dropped + answered <= 60
+    name, copies = "loom_shadow_requests_total", {"experiment": "busy", "variant": "idea"}
+    found = eventually(service.url, lambda found: found.total(name, outcome="dropped", **copies) > 40)
+    assert found.total(name, **copies) <= 60
     assert beside < 1.5 * alone + 0.5
-
-
-def metric(http: httpx.Client, name: str) -> float:
-    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(name + " ")]
-    return float(lines[0].rsplit(" ", 1)[1]) if lines else 0.0
 
 
 def test_layers_keep_experiments_apart(http: httpx.Client):

@@ -146,9 +146,11 @@ class StepLoop:
             if plan.is_empty:
                 self._refuse_blocked()
                 continue
+            begun = time.monotonic()
             try:
                 self._step(plan)
                 self._faults_in_a_row = 0
+                self.counters["step_seconds"] += time.monotonic() - begun  # type: ignore[assignment]  # floats too
             except Exception as error:  # whatever fails in a step must not take the engine down
                 self._faults_in_a_row += 1
                 log.exception("a step failed")

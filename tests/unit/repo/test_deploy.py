@@ -6,9 +6,11 @@ import importlib
 from pathlib import Path
 
 import yaml
+from ray._private import ray_constants
 from ray.serve.schema import ServeDeploySchema
 
 from serve.app import AppArguments
+from serve.config import Settings
 from serve.loading import load_settings
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -27,3 +29,11 @@ def test_the_serve_config_is_rays_and_its_application_can_be_imported():
     module, _, name = schema.applications[0].import_path.partition(":")
     assert callable(getattr(importlib.import_module(module), name))
     AppArguments.model_validate(raw["applications"][0]["args"])
+
+
+def test_prometheus_reads_the_file_in_which_ray_lists_its_nodes():
+    jobs = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"]
+    (file,) = next(job for job in jobs if job["job_name"] == "ray")["file_sd_configs"][0]["files"]
+    assert Path(file) == Path("/tmp/ray") / ray_constants.PROMETHEUS_SERVICE_DISCOVERY_FILE
+    (target,) = next(job for job in jobs if job["job_name"] == "loom")["static_configs"][0]["targets"]
+    assert target == f"{Settings().server.host}:{Settings().server.port}"

@@ -18,7 +18,6 @@ from lora_runtime.engine.protocol import (
     Classification,
     ClassifyRequest,
     EngineInfo,
-    EngineStats,
     GenerateRequest,
 )
 from lora_runtime.errors import (
@@ -110,9 +109,6 @@ class ScriptedEngines:
 
     async def info(self) -> EngineInfo:
         return self.engine.info
-
-    async def stats(self) -> list[EngineStats]:
-        return [self.engine.stats()]
 
 
 @dataclass
