@@ -58,11 +58,11 @@ class Asker:
 
     def _chosen(self) -> tuple[str, Question]:
         """A model that means something, as far as is known now, and a question that all it may mean answer clearly."""
-        client = self.client
-        names = client.ledger.meanings.names()
-        model = self.random.choice(names if self.random.random() < 0.6 else TARGETS)
-        clear = [q for q in self.questions if client.expected.is_clear(TARGETS, q)]
-        return model, self.random.choice(clear)
+        names = self.client.ledger.meanings.names()
+        if not names or self.random.random() < 0.4:
+            target = self.random.choice(TARGETS)
+            return target, self.random.choice(self.client.expected.clear([target], self.questions))
+        return self.random.choice(names), self.random.choice(self.client.expected.clear(TARGETS, self.questions))
 
     async def _leave_stream(self, model: str, question: Question) -> None:
         body, num_lines = chat(model, question, stream=True), self.random.randint(1, 6)

@@ -13,7 +13,7 @@ import openai
 
 from tests.soak.ledger import Ledger, Meaning
 from tests.soak.tally import Tally
-from tests.soak.world import Expected, Question, chat
+from tests.soak.world import TARGETS, Expected, Question, chat
 
 DEADLINE_S = 60.0
 """A request that has not ended by then hangs."""
@@ -102,7 +102,8 @@ class Client:
         meant: Iterable[Meaning] = (),
     ) -> None:
         """``text`` (None: there is no such model) must be what one of the targets that may be meant answers."""
-        allowed = set(meant) or self.ledger.meanings.allowed(model, begun, time.monotonic())
+        stated = {model} if model in TARGETS else set(meant)
+        allowed = stated or self.ledger.meanings.allowed(model, begun, time.monotonic())
         right = {None if target is None else self.expected.of(target, question) for target in allowed}
         if text not in right:
             self.tally.find("wrong", activity, f"{model}, {question.name}: {text!r}, and {right} is right ({allowed})")

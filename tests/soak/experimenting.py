@@ -64,8 +64,7 @@ class Users:
                 await self._visit(user, request_id)
 
     async def _visit(self, user: str, request_id: str) -> None:
-        clear = [q for q in self.questions if self.client.expected.is_clear((PLAIN, *ARMS.values()), q)]
-        question = self.random.choice(clear)
+        question = self.random.choice(self.client.expected.clear((PLAIN, *ARMS.values()), self.questions))
         self.asked[request_id] = question
         self.client.ledger.may_be_trials.add(request_id)
         headers = {"X-Request-Id": request_id, "X-Experiment-Unit": user}

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 
 Meaning = str | None
 """A target of ``world.TARGETS``; None where there is nothing under the name."""
@@ -37,10 +38,14 @@ class Meanings:
         history = self._history.get(name, [(0.0, frozenset[Meaning]({None}))])
         found: set[Meaning] = set()
         for number, (begun, meanings) in enumerate(history):
-            ended = history[number + 1][0] if number + 1 < len(history) else until
-            if begun <= until and ended >= since:
+            ended = history[number + 1][0] if number + 1 < len(history) else inf
+            if begun <= until and since < ended:
                 found |= meanings
         return found
+
+    def last_change(self, name: str) -> float:
+        """When it began to mean what it means now, of ``time.monotonic()``."""
+        return self._history[name][-1][0]
 
     def _now(self, name: str) -> frozenset[Meaning]:
         return self._history[name][-1][1] if name in self._history else frozenset({None})

@@ -39,7 +39,7 @@ async def verify(client: Client, database: Database, users: Users, given_up: set
     nothing is known, since its answer did not come; that is a finding already. ``merge``: the id of a job."""
     await _merged(client, users, merge)
     await _is_idle(client)
-    await _adapters(client, database, given_up, users.questions)
+    await verify_adapters(client, database, given_up, users.questions)
     _audit(client, database, given_up)
     await _aliases(client, database, users.questions)
     _keys(client, database)
@@ -63,7 +63,8 @@ async def _is_idle(client: Client) -> None:
         await asyncio.sleep(0.5)
 
 
-async def _adapters(client: Client, database: Database, given_up: set[str], questions: list[Question]) -> None:
+async def verify_adapters(client: Client, database: Database, given_up: set[str], questions: list[Question]) -> None:
+    """Every adapter, version and alias is there, answers as it did, and nothing else is."""
     ledger = client.ledger
     response = await client.send("verify", "GET", "/v1/adapters")
     listed = {adapter["id"] for adapter in response.json()["data"]} if response else set()
@@ -76,9 +77,9 @@ async def _adapters(client: Client, database: Database, given_up: set[str], ques
         aliases |= {(name, alias): version for alias, version in held.aliases.items()}
         found = await client.send("verify", "GET", f"/v1/adapters/{name}/versions")
         ids = [version["id"] for version in found.json()["data"]] if found else []
-        _same(client, f"versions of {name}", Counter(ids), Counter(held.versions))
+        _same(client, f"versions of {name}", dict(enumerate(ids)), dict(enumerate(held.versions)))
         for version, content in held.versions.items():
-            question = clear(client, questions, [content])
+            question = client.expected.clear([content], questions)[0]
             await client.ask("verify", f"{name}@{version[:SHOWN]}", question, [content])
     rows = database.rows("SELECT adapter, id FROM versions WHERE adapter LIKE :p", p=PREFIX)
     kept = Counter((row.adapter, row.id) for row in rows if row.adapter not in {*given_up, MERGED})
@@ -106,9 +107,9 @@ async def _aliases(client: Client, database: Database, questions: list[Question]
     listed = {alias["id"] for alias in response.json()["data"]} if response else set()
     _same(client, "model aliases", listed, set(due))
     rows = database.rows("SELECT name FROM model_aliases")
-    _same(client, "rows of model aliases", Counter(row.name for row in rows), Counter(due))
+    _same(client, "rows of model aliases", Counter(row.name for row in rows), Counter(list(due)))
     for alias, target in client.ledger.aliases.items():
-        await client.ask("verify", alias, clear(client, questions, [target]), [target])
+        await client.ask("verify", alias, client.expected.clear([target], questions)[0], [target])
 
 
 def _keys(client: Client, database: Database) -> None:
@@ -170,12 +171,7 @@ async def _merged(client: Client, users: Users, merge: str) -> None:
     if state != "succeeded":
         client.tally.find("lost", "verify", f"the merge is {state}: {found.json()['error'] if found else ''}")
         return
-    await client.ask("verify", MERGED, clear(client, users.questions, [MERGED_CONTENT]), [MERGED_CONTENT])
-
-
-def clear(client: Client, questions: list[Question], targets: list[str]) -> Question:
-    """A question that all targets answer clearly."""
-    return next(question for question in questions if client.expected.is_clear(targets, question))
+    await client.ask("verify", MERGED, client.expected.clear([MERGED_CONTENT], users.questions)[0], [MERGED_CONTENT])
 
 
 def _same(client: Client, what: str, found: Any, due: Any) -> None:

@@ -55,15 +55,15 @@ class Expected:
         """None where the margin is too small to compare anything with."""
         return self.answers.get((target, question.name))
 
-    def is_clear(self, targets: Sequence[str], question: Question) -> bool:
-        return all((target, question.name) in self.answers for target in targets)
+    def clear(self, targets: Sequence[str], questions: Sequence[Question]) -> list[Question]:
+        """Those that all of ``targets`` answer with a clear margin."""
+        return [q for q in questions if all((target, q.name) in self.answers for target in targets)]
 
     def alike(self, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """Pairs of targets that no question tells apart."""
 
         def differ(one: str, other: str) -> bool:
-            asked = [q for q in questions if self.is_clear((one, other), q)]
-            return any(self.of(one, q) != self.of(other, q) for q in asked)
+            return any(self.of(one, q) != self.of(other, q) for q in self.clear((one, other), questions))
 
         return [pair for pair in combinations(TARGETS, 2) if not differ(*pair)]
 

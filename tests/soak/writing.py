@@ -197,7 +197,7 @@ class Writer:
             len(held.versions),
         ):
             self.client.tally.find("lost", "read back", f"{name}: {shown.json()}, acknowledged {held}")
-        clear = [q for q in self.questions if self.client.expected.is_clear(CONTENTS, q)]
+        clear = self.client.expected.clear(CONTENTS, self.questions)
         model = self.random.choice((name, f"{name}@{version[:SHOWN]}", f"{name}@{version}"))
         meant = held.versions[held.aliases[LATEST] if model == name else version]
         await self.client.ask("read back", model, self.random.choice(clear), [meant])
