@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from lora_runtime.errors import InvalidRequest
-from serve.registry.replies import Replies, Reply
+from serve.background import ended
+from serve.registry.database import RegistryUnavailable
+from serve.registry.replies import RENEWED_EVERY, Replies, Reply
+
+log = logging.getLogger(__name__)
 
 HEADER = "idempotency-key"
 REPLAYED = "Idempotent-Replayed"
@@ -47,7 +53,8 @@ async def _once(replies: Replies, request: Request, key: str, handle: Handler) -
     if known is not None:
         return Response(known.body, known.status, {REPLAYED: "true"}, known.content_type)
     try:
-        response = await handle(request)
+        async with _renewed(replies, owner, key):
+            response = await handle(request)
     except BaseException:
         await asyncio.shield(asyncio.to_thread(replies.forget, owner, key))
         raise
@@ -58,6 +65,25 @@ async def _once(replies: Replies, request: Request, key: str, handle: Handler) -
     )
     await asyncio.to_thread(replies.finish, owner, key, reply)
     return response
+
+
+@asynccontextmanager
+async def _renewed(replies: Replies, owner: str, key: str) -> AsyncIterator[None]:
+    """While in it, the request counts as running. A gateway that is killed stops renewing."""
+
+    async def renew() -> None:
+        while True:
+            await asyncio.sleep(RENEWED_EVERY.total_seconds())
+            try:
+                await asyncio.to_thread(replies.renew, owner, key)
+            except RegistryUnavailable as error:  # the next try may come in time
+                log.warning("an idempotency key could not be renewed: %s", error.message)
+
+    renewing = asyncio.create_task(renew())
+    try:
+        yield
+    finally:
+        await ended(renewing)
 
 
 async def _fingerprint(request: Request) -> str:

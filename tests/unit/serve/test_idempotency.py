@@ -1,0 +1,89 @@
+"""A change under an idempotency key counts as running for as long as its gateway says so, and no longer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import APIRouter, FastAPI, Request
+
+from serve.gateway import idempotency
+from serve.gateway.errors import install_handlers
+from serve.gateway.idempotency import idempotent
+from serve.identity import Identity
+from serve.registry import replies
+from serve.registry.database import Database
+from serve.registry.replies import Replies
+
+ANYONE = Identity(id="me", name="me", scopes=frozenset())
+KEY = {"Idempotency-Key": "k"}
+
+
+class Gateway:
+    """One whose only change takes as long as the test wants."""
+
+    def __init__(self, kept: Replies) -> None:
+        self.num_calls = 0
+        self.has_begun, self.may_end = asyncio.Event(), asyncio.Event()
+        routes, app = APIRouter(route_class=idempotent(kept)), FastAPI()
+
+        @routes.post("/change")
+        async def change() -> dict[str, int]:
+            self.num_calls += 1
+            self.has_begun.set()
+            await self.may_end.wait()
+            return {"call": self.num_calls}
+
+        @app.middleware("http")
+        async def _(request: Request, call_next):  # type: ignore[no-untyped-def]
+            request.state.identity = ANYONE
+            return await call_next(request)
+
+        install_handlers(app)
+        app.include_router(routes)
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
+
+    async def change(self) -> httpx.Response:
+        return await self.http.post("/change", headers=KEY)
+
+
+@pytest.fixture
+async def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Replies]:
+    """What takes a minute elsewhere takes two seconds."""
+    monkeypatch.setattr(idempotency, "RENEWED_EVERY", timedelta(seconds=0.2))
+    monkeypatch.setattr(replies, "GIVEN_UP_AFTER", timedelta(seconds=2))
+    database = Database(f"sqlite:///{tmp_path / 'registry.db'}")
+    yield Replies(database)
+    database.close()
+
+
+async def test_a_change_that_takes_long_is_carried_out_once(kept: Replies):
+    first, second = Gateway(kept), Gateway(kept)
+    second.may_end.set()
+    running = asyncio.create_task(first.change())
+    await first.has_begun.wait()
+    for _ in range(4):
+        await asyncio.sleep(1)
+        assert (await second.change()).status_code == 409
+    first.may_end.set()
+    assert (await running).json() == (await second.change()).json() == {"call": 1}
+    assert second.num_calls == 0
+
+
+async def test_a_repeated_change_takes_the_place_of_one_whose_gateway_was_killed(kept: Replies):
+    first, second = Gateway(kept), Gateway(kept)
+    second.may_end.set()
+    running = asyncio.create_task(first.change())
+    await first.has_begun.wait()
+    with pytest.MonkeyPatch.context() as killed:  # it says nothing any more, neither that it runs nor that it ended
+        for method in ("renew", "forget", "finish"):
+            killed.setattr(kept, method, lambda *_: None)
+        assert (await second.change()).status_code == 409
+        await asyncio.sleep(2.5)
+    assert (await second.change()).json() == {"call": 1} and second.num_calls == 1
+    running.cancel()
+    await asyncio.wait([running])
