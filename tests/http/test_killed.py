@@ -203,16 +203,6 @@ def test_a_service_that_is_killed_starts_again_with_everything(tmp_path: Path):
         assert not [p for p in family if p.is_running() and not p.name().startswith(agents)]
 
 
-def test_a_taken_port_is_one_clear_message(tmp_path: Path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        settings = settings_of(tmp_path, server={"port": listener.getsockname()[1]})
-        with pytest.raises(RuntimeError, match="Cannot listen on") as caught, served(tmp_path, settings):
-            raise AssertionError("it started")
-    assert "Traceback" not in str(caught.value)
-
-
 def test_two_services_share_a_state_folder(tmp_path: Path):
     settings = settings_of(tmp_path, state_dir=str(tmp_path / "state"))
     (tmp_path / "second").mkdir()
