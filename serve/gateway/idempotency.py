@@ -25,6 +25,9 @@ _SOUND = re.compile(r"[\x21-\x7e]{1,255}")
 
 Handler = Callable[[Request], Awaitable[Response]]
 
+_CARRYING: set[asyncio.Task[Response]] = set()
+"""Event loops keep no tasks alive."""
+
 
 def idempotent(replies: Replies) -> type[APIRoute]:
     """A class of routes whose changes take an idempotency key. Only successes are kept: after an error, the same key
@@ -48,6 +51,19 @@ def idempotent(replies: Replies) -> type[APIRoute]:
 
 
 async def _once(replies: Replies, request: Request, key: str, handle: Handler) -> Response:
+    """Carried out to its end, and its answer kept, also where the client leaves meanwhile: nobody could tell then how
+    much of it has happened, and a repeated request would make it happen again."""
+    carrying = asyncio.create_task(_carried_out(replies, request, key, handle))
+    _CARRYING.add(carrying)
+    carrying.add_done_callback(_CARRYING.discard)
+    try:
+        return await asyncio.shield(carrying)
+    except asyncio.CancelledError:
+        carrying.add_done_callback(_log_failure)
+        raise
+
+
+async def _carried_out(replies: Replies, request: Request, key: str, handle: Handler) -> Response:
     owner = request.state.identity.id
     known = await asyncio.to_thread(replies.begin, owner, key, await _fingerprint(request))
     if known is not None:
@@ -56,7 +72,7 @@ async def _once(replies: Replies, request: Request, key: str, handle: Handler) -
         async with _renewed(replies, owner, key):
             response = await handle(request)
     except BaseException:
-        await asyncio.shield(asyncio.to_thread(replies.forget, owner, key))
+        await asyncio.to_thread(replies.forget, owner, key)
         raise
     reply = Reply(
         status=response.status_code,
@@ -65,6 +81,12 @@ async def _once(replies: Replies, request: Request, key: str, handle: Handler) -
     )
     await asyncio.to_thread(replies.finish, owner, key, reply)
     return response
+
+
+def _log_failure(carrying: asyncio.Task[Response]) -> None:
+    """What nobody waits for any more has nobody to tell how it failed."""
+    if not carrying.cancelled() and (error := carrying.exception()) is not None:
+        log.info("a change whose client had left failed: %s", type(error).__name__)
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -11,13 +12,14 @@ import httpx
 import pytest
 from fastapi import APIRouter, FastAPI, Request
 
+from lora_runtime.errors import LoomError, Overloaded
 from serve.gateway import idempotency
 from serve.gateway.errors import install_handlers
 from serve.gateway.idempotency import idempotent
 from serve.identity import Identity
 from serve.registry import replies
 from serve.registry.database import Database
-from serve.registry.replies import Replies
+from serve.registry.replies import Replies, Reply
 
 ANYONE = Identity(id="me", name="me", scopes=frozenset())
 KEY = {"Idempotency-Key": "k"}
@@ -28,6 +30,7 @@ class Gateway:
 
     def __init__(self, kept: Replies) -> None:
         self.num_calls = 0
+        self.error: LoomError | None = None
         self.has_begun, self.may_end = asyncio.Event(), asyncio.Event()
         routes, app = APIRouter(route_class=idempotent(kept)), FastAPI()
 
@@ -36,6 +39,8 @@ class Gateway:
             self.num_calls += 1
             self.has_begun.set()
             await self.may_end.wait()
+            if self.error is not None:
+                raise self.error
             return {"call": self.num_calls}
 
         @app.middleware("http")
@@ -72,6 +77,66 @@ async def test_a_change_that_takes_long_is_carried_out_once(kept: Replies):
     first.may_end.set()
     assert (await running).json() == (await second.change()).json() == {"call": 1}
     assert second.num_calls == 0
+
+
+async def test_a_change_whose_client_leaves_is_carried_out_once(kept: Replies):
+    first, second = Gateway(kept), Gateway(kept)
+    second.may_end.set()
+    leaving = asyncio.create_task(first.change())
+    await first.has_begun.wait()
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    assert (await second.change()).status_code == 409
+    first.may_end.set()
+    assert (await eventually(second)).json() == {"call": 1}
+    assert (first.num_calls, second.num_calls) == (1, 0)
+
+
+async def test_a_client_that_leaves_while_the_key_is_written_down_does_not_block_it(
+    kept: Replies, monkeypatch: pytest.MonkeyPatch
+):
+    gateway, begun, may_go_on = Gateway(kept), threading.Event(), threading.Event()
+    gateway.may_end.set()
+    begin = kept.begin
+
+    def slow(*asked: str) -> Reply | None:
+        found = begin(*asked)
+        begun.set()
+        may_go_on.wait(20)
+        return found
+
+    monkeypatch.setattr(kept, "begin", slow)
+    leaving = asyncio.create_task(gateway.change())
+    await asyncio.to_thread(begun.wait, 20)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    monkeypatch.setattr(kept, "begin", begin)
+    may_go_on.set()
+    monkeypatch.setattr(replies, "GIVEN_UP_AFTER", timedelta(minutes=1))
+    assert (await eventually(gateway)).json() == {"call": 1}
+    assert gateway.num_calls == 1
+
+
+async def test_a_change_that_fails_after_its_client_left_may_be_tried_again(kept: Replies):
+    first, second = Gateway(kept), Gateway(kept)
+    second.may_end.set()
+    first.error = Overloaded("No room.", retry_after_s=1)
+    leaving = asyncio.create_task(first.change())
+    await first.has_begun.wait()
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    first.may_end.set()
+    assert (await eventually(second)).json() == {"call": 1}
+    assert second.num_calls == 1
+
+
+async def eventually(gateway: Gateway) -> httpx.Response:
+    """The answer, as a client gets it that asks until it is not told to wait."""
+    for _ in range(50):
+        if (response := await gateway.change()).status_code != 409:
+            return response
+        await asyncio.sleep(0.1)
+    raise AssertionError("the key stays taken")
 
 
 async def test_a_repeated_change_takes_the_place_of_one_whose_gateway_was_killed(kept: Replies):
