@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.types import Message
 
 from lora_runtime.errors import InvalidRequest
 from serve.background import ended
@@ -51,21 +52,42 @@ def idempotent(replies: Replies) -> type[APIRoute]:
 
 
 async def _once(replies: Replies, request: Request, key: str, handle: Handler) -> Response:
-    """Carried out to its end, and its answer kept, also where the client leaves meanwhile: nobody could tell then how
-    much of it has happened, and a repeated request would make it happen again."""
-    carrying = asyncio.create_task(_carried_out(replies, request, key, handle))
+    """Once all of it was received, the request is carried out to its end and its answer kept, also where the client
+    leaves meanwhile: nobody could tell how much of it has happened, and a repeated one would make it happen again."""
+    is_received = asyncio.Event()
+
+    async def receive() -> Message:
+        message = await request.receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            is_received.set()
+        return message
+
+    carrying = asyncio.create_task(_carried_out(replies, Request(request.scope, receive), key, handle))
     _CARRYING.add(carrying)
     carrying.add_done_callback(_CARRYING.discard)
     try:
         return await asyncio.shield(carrying)
     except asyncio.CancelledError:
         carrying.add_done_callback(_log_failure)
+        if not is_received.is_set():
+            carrying.cancel()  # the rest of it will never come
+        raise
+
+
+async def _begin(replies: Replies, owner: str, key: str, fingerprint: str) -> Reply | None:
+    """As ``Replies.begin``; cancelled, it leaves nothing behind."""
+    beginning = asyncio.create_task(asyncio.to_thread(replies.begin, owner, key, fingerprint))
+    try:
+        return await asyncio.shield(beginning)
+    except asyncio.CancelledError:
+        if await beginning is None:
+            await asyncio.to_thread(replies.forget, owner, key)
         raise
 
 
 async def _carried_out(replies: Replies, request: Request, key: str, handle: Handler) -> Response:
     owner = request.state.identity.id
-    known = await asyncio.to_thread(replies.begin, owner, key, await _fingerprint(request))
+    known = await _begin(replies, owner, key, await _fingerprint(request))
     if known is not None:
         return Response(known.body, known.status, {REPLAYED: "true"}, known.content_type)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ ALIASES = ("prod", "canary")
 SHOWN = 12
 MAX_VERSIONS = 4
 NAMES_EACH = 3
-REPEATS_S = 90.0
+REPEATS_S = 30.0
 
 
 class Unacknowledged(Exception):
@@ -109,12 +110,16 @@ class Writer:
         with suppress(asyncio.CancelledError):
             await request
         self.client.tally.leave("register")
-        async with asyncio.timeout(REPEATS_S):
-            while True:
-                again = await send(name, copy, activate, key, (200, 201, 409))
-                if again is None or again.is_success:
-                    return self._json(again)
-                await asyncio.sleep(0.2)
+        deadline = time.monotonic() + REPEATS_S
+        while time.monotonic() < deadline:
+            again = await send(name, copy, activate, key, (200, 201, 409))
+            if again is None or again.is_success:
+                return self._json(again)
+            await asyncio.sleep(0.2)
+        self.client.tally.find(
+            "hung", "register", f"{name}: its key stays taken, {REPEATS_S:g} s and more"
+        )
+        raise Unacknowledged
 
     async def _by_path(
         self, name: str, copy: Copy, activate: bool, key: str, due: tuple[int, ...]

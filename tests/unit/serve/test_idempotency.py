@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -50,6 +51,7 @@ class Gateway:
 
         install_handlers(app)
         app.include_router(routes)
+        self.app = app
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
 
     async def change(self) -> httpx.Response:
@@ -115,6 +117,34 @@ async def test_a_client_that_leaves_while_the_key_is_written_down_does_not_block
     monkeypatch.setattr(replies, "GIVEN_UP_AFTER", timedelta(minutes=1))
     assert (await eventually(gateway)).json() == {"call": 1}
     assert gateway.num_calls == 1
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+async def test_a_client_that_leaves_while_it_sends_does_not_block_its_key(kept: Replies, is_begun: bool):
+    """Nothing more is received then, not even that it left."""
+    gateway, waits = Gateway(kept), asyncio.Event()
+    gateway.may_end.set()
+    parts = [{"type": "http.request", "body": b"--b", "more_body": True}] if is_begun else []
+
+    async def receive() -> dict[str, Any]:
+        if parts:
+            return parts.pop()
+        waits.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(_: Any) -> None:
+        raise AssertionError("there is nobody to answer")
+
+    headers = [(b"idempotency-key", b"k"), (b"content-length", b"9")]
+    scope = {"type": "http", "method": "POST", "path": "/change", "query_string": b"", "headers": headers}
+    leaving = asyncio.create_task(gateway.app(scope, receive, send))
+    await waits.wait()
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    await asyncio.sleep(0.5)
+    with_another_body = await gateway.http.post("/change", headers=KEY, content=b"other")
+    assert with_another_body.json() == {"call": 1}, "the key is free, whatever it stood for"
 
 
 async def test_a_change_that_fails_after_its_client_left_may_be_tried_again(kept: Replies):
