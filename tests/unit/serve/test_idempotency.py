@@ -36,7 +36,8 @@ class Gateway:
         routes, app = APIRouter(route_class=idempotent(kept)), FastAPI()
 
         @routes.post("/change")
-        async def change() -> dict[str, int]:
+        async def change(request: Request) -> dict[str, int]:
+            await request.body()
             self.num_calls += 1
             self.has_begun.set()
             await self.may_end.wait()
@@ -136,7 +137,8 @@ async def test_a_client_that_leaves_while_it_sends_does_not_block_its_key(kept: 
     async def send(_: Any) -> None:
         raise AssertionError("there is nobody to answer")
 
-    headers = [(b"idempotency-key", b"k"), (b"content-length", b"9")]
+    form = (b"content-type", b"multipart/form-data; boundary=b")  # which is read late, by the change itself
+    headers = [(b"idempotency-key", b"k"), (b"content-length", b"9"), form]
     scope = {"type": "http", "method": "POST", "path": "/change", "query_string": b"", "headers": headers}
     leaving = asyncio.create_task(gateway.app(scope, receive, send))
     await waits.wait()
