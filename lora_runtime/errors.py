@@ -22,8 +22,10 @@ LoomError
 ├── MemoryExceeded               saved modules beyond an engine's memory for them; the engine makes room or says why not
 ├── Overloaded                   no room now; retry later
 │   └── DeadlineExceeded         the request ran out of time
+│       └── TurnTimeout          it did so before its turn came
 ├── VerificationFailed           a merge's result is not what it must be; nothing was published
 ├── StoreUnavailable             the store cannot be read or written now
+│   └── AdapterLost              a registered adapter's files are gone from the store, or damaged there
 └── EngineFault                  the engine itself failed
 
 Messages say what is wrong, where, and what to do. Facts ride along as
@@ -160,12 +162,20 @@ class DeadlineExceeded(Overloaded):
     """The request ran out of time while waiting or running."""
 
 
+class TurnTimeout(DeadlineExceeded):
+    """The request ran out of time while others were served: it never began to run."""
+
+
 class VerificationFailed(LoomError):
     """A merge's result is not what it must be; nothing was published."""
 
 
 class StoreUnavailable(LoomError):
     """The store of adapters cannot be read or written now; nothing about the request explains it."""
+
+
+class AdapterLost(StoreUnavailable):
+    """A registered adapter's files are gone from the store, or damaged there; whoever asks for it cannot help it."""
 
 
 class EngineFault(LoomError):

@@ -17,6 +17,7 @@ from serve.follower import Follower
 from serve.gateway.app import create_app
 from serve.gateway.fetching import ImageFetcher
 from serve.gateway.generation import Services
+from serve.gateway.receiving import BodyLimits
 from serve.gateway.shadowing import Shadows
 from serve.identity import KeyRing
 from serve.limits import KeyLimits
@@ -44,8 +45,8 @@ def gateway_app(settings: Settings, engines: EngineClient, ensure_runner: Callab
     database = Database(settings.registry_url)
     repository = Repository(database)
     store = store_of(settings)
-    follower = Follower(repository.revision)
-    keys = KeyRing(Keys(database).all, is_required=settings.auth.required)
+    follower = Follower(repository.revision, snapshot=database.reading, max_age_s=settings.registry.max_age_s)
+    keys = KeyRing(Keys(database).all, is_required=settings.auth.required, check_fresh=follower.check_fresh)
     follower.add(keys.reload)
     catalog = Catalog(repository, engines, store, follower, base_name=settings.base.name)
     metrics = Metrics(settings.telemetry.adapter_labels)
@@ -106,8 +107,14 @@ def gateway_app(settings: Settings, engines: EngineClient, ensure_runner: Callab
         Tracing(settings.telemetry, "gateway"),
         Watch(assigner, experimentation, every_s=settings.experiments.look_every_s),
         max_header_bytes=settings.server.max_header_bytes,
-        max_body_bytes=settings.server.max_body_bytes,
-        max_upload_bytes=settings.adapters.max_bytes,
+        bodies=BodyLimits(
+            max_bytes=settings.server.max_body_bytes,
+            max_upload_bytes=settings.adapters.max_bytes,
+            timeout_s=settings.server.body_timeout_s,
+            bytes_per_s=settings.server.body_bytes_per_s,
+            max_arriving=max(1, settings.gateways.max_ongoing_requests // 2),
+            max_held_bytes=max(settings.server.max_bodies_bytes, settings.server.max_body_bytes),
+        ),
         collect_every_s=settings.store.collect_every_s,
         preload=settings.adapters.preload,
         behind_proxy=True,

@@ -9,9 +9,8 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from lora_runtime.engine.protocol import AdapterInfo, AdapterRef
 from lora_runtime.errors import InvalidRequest, LoomError, NotFound
@@ -19,11 +18,26 @@ from lora_runtime.store.protocol import Store
 from serve.engine_client import EngineClient
 from serve.follower import Follower
 from serve.intake import Admitted, Source
-from serve.registry.records import AdapterRecord, AuditRecord
+from serve.registry.records import AdapterRecord, AuditRecord, VersionRecord
 from serve.registry.repository import Repository
 from serve.targets import ALIAS, NAME, Registered
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """Everything at one revision, replaced as a whole: it is read while the next one is being made."""
+
+    records: Mapping[str, AdapterRecord]
+    registered: Mapping[str, Registered]
+
+    def adapter(self, name: str) -> AdapterRecord:
+        """Raises NotFound."""
+        found = self.records.get(name)
+        if found is None:
+            raise NotFound(f"There is no adapter '{name[:128]}'.", near=[])
+        return found
 
 
 class Catalog:
@@ -37,28 +51,26 @@ class Catalog:
         self._engines = engines
         self._store = store
         self._base_name = base_name
-        self._records: Mapping[str, AdapterRecord] = MappingProxyType({})
-        self._registered: Mapping[str, Registered] = MappingProxyType({})
+        self._view = _View({}, {})
         follower.add(self._reload)
 
     @property
     def records(self) -> Mapping[str, AdapterRecord]:
-        return self._records
+        return self._view.records
 
     @property
     def registered(self) -> Mapping[str, Registered]:
-        return self._registered
+        return self._view.registered
 
     def adapter(self, name: str) -> AdapterRecord:
         """Raises NotFound."""
-        found = self._records.get(name)
-        if found is None:
-            raise NotFound(f"There is no adapter '{name[:128]}'.", near=[])
-        return found
+        return self._view.adapter(name)
 
-    def exact(self, name: str, version: str) -> str:
-        """The version of an adapter that an alias or the beginning of one means. Raises NotFound."""
-        return self._registered[self.adapter(name).name].version(version)
+    def version(self, name: str, version: str) -> tuple[AdapterRecord, VersionRecord]:
+        """An adapter, and the version of it that an alias or the beginning of one means. Raises NotFound."""
+        view = self._view
+        record = view.adapter(name)
+        return record, record.version(view.registered[name].version(version))
 
     async def catch_up(self) -> None:
         """Know what any gateway acknowledged before now, as far as the registry can be read."""
@@ -84,7 +96,7 @@ class Catalog:
         """
         self.check_name(name)
         admitted = await self._engines.admit(source)
-        if activate and name in self._records:
+        if activate and name in self._view.records:
             # Requests are coming for this name; those of a new one are yet to come.
             ref = AdapterRef(version=admitted.info.version, path=admitted.location, name=name)
             await self._engines.prefetch(ref)
@@ -106,10 +118,9 @@ class Catalog:
                 param="alias",
             )
         await self._follower.refresh()
-        exact = self.exact(name, version)
-        path = self._registered[name].versions[exact]
-        await self._engines.prefetch(AdapterRef(version=exact, path=path, name=name))
-        record = await asyncio.to_thread(self._repository.set_alias, name, alias, exact, pinned=pinned, actor=actor)
+        _, found = self.version(name, version)
+        await self._engines.prefetch(AdapterRef(version=found.id, path=found.path, name=name))
+        record = await asyncio.to_thread(self._repository.set_alias, name, alias, found.id, pinned=pinned, actor=actor)
         await self._follower.refresh()
         return record
 
@@ -126,31 +137,29 @@ class Catalog:
     async def remove_version(self, name: str, version: str, *, actor: str) -> str:
         """Forget a version; returns it whole. Raises NotFound, or Conflict while an alias names it."""
         await self._follower.refresh()
-        exact = self.exact(name, version)
-        await asyncio.to_thread(self._repository.remove_version, name, exact, actor=actor)
+        _, found = self.version(name, version)
+        await asyncio.to_thread(self._repository.remove_version, name, found.id, actor=actor)
         await self._follower.refresh()
-        return exact
+        return found.id
 
     async def audit(self, *, limit: int, before: int | None) -> list[AuditRecord]:
         """Changes of the registry, newest first."""
         return await asyncio.to_thread(self._repository.audit, limit=limit, before=before)
 
     def _reload(self) -> None:
-        known, registered = self._records, self._registered
-        records = self._repository.adapters(known)
-        self._registered = MappingProxyType(
-            {
-                name: registered[name] if known.get(name) is record else registered_of(record)
-                for name, record in records.items()
-            }
-        )
-        self._records = MappingProxyType(records)
+        before = self._view
+        records = self._repository.adapters(before.records)
+        registered = {
+            name: before.registered[name] if before.records.get(name) is record else registered_of(record)
+            for name, record in records.items()
+        }
+        self._view = _View(records, registered)
 
     async def _preload(self, name: str, folder: Path) -> None:
         self.check_name(name)
         source = Source(address=str(folder))
         admitted = await self._engines.admit(source)
-        known = self._records.get(name)
+        known = self._view.records.get(name)
         locations = {} if known is None else {version.id: version.path for version in known.versions}
         version = admitted.info.version
         if locations.get(version) != admitted.location:

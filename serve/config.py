@@ -36,12 +36,20 @@ def _without_credentials(url: str | None) -> str | None:
 
 
 class ServerSettings(_Section):
-    """Where HTTP listens, and what it lets in. ``tls_certificate`` and ``tls_key``: PEM files; both or none."""
+    """Where HTTP listens, and what it lets in. ``tls_certificate`` and ``tls_key``: PEM files; both or none.
+
+    A body whose next bytes do not come within ``body_timeout_s`` gets 408, and so does one that takes longer than that
+    in all and has come at less than ``body_bytes_per_s`` on average. Each gateway holds at most ``max_bodies_bytes`` of
+    bodies, uploads aside, until their requests end.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     max_body_bytes: PositiveInt = 32 << 20
     max_header_bytes: PositiveInt = 32 << 10
+    max_bodies_bytes: PositiveInt = 1 << 30
+    body_timeout_s: PositiveFloat = 10.0
+    body_bytes_per_s: PositiveFloat = 32 << 10
     request_timeout_s: PositiveFloat = 300.0
     tls_certificate: Path | None = None
     tls_key: Path | None = None
@@ -151,9 +159,14 @@ class IntakeSettings(DeploymentSettings):
 
 
 class RegistrySettings(_Section):
-    """The database of adapters; None is SQLite in ``state_dir``, which serves the nodes of one machine only."""
+    """The database of adapters; None is SQLite in ``state_dir``, which serves the nodes of one machine only.
+
+    A gateway that could not read it for ``max_age_s`` is not ready, and honours no API keys until it can: a key may
+    have been revoked since. Where no keys are required, it goes on answering from what it read last.
+    """
 
     url: SecretUrl | None = None
+    max_age_s: float = Field(default=30.0, ge=2)
 
 
 class AuthSettings(_Section):

@@ -22,7 +22,14 @@ from lora_runtime.engine.protocol import (
     GenerateRequest,
     TokenEvent,
 )
-from lora_runtime.errors import EngineFault, LoomError, Overloaded
+from lora_runtime.errors import (
+    AdapterLost,
+    AdapterMissing,
+    EngineFault,
+    LoomError,
+    MalformedAdapter,
+    Overloaded,
+)
 from lora_runtime.merge.job import JobRecipe, Plan
 from serve.intake import Admitted, Named, Source
 from serve.ray_internals import by_itself
@@ -76,13 +83,16 @@ class HandleClient:
             is_done = True
         except (RayError, RayServeException, LoomError) as error:
             is_done = True
-            raise translated(error) from error
+            raise blamed(translated(error), request.adapters) from error
         finally:
             if not is_done:
                 response.cancel()
 
     async def classify(self, request: ClassifyRequest) -> Classification:
-        return await self._call(self._engines.classify, request)
+        try:
+            return await self._call(self._engines.classify, request)
+        except (AdapterMissing, MalformedAdapter) as error:
+            raise blamed(error, request.adapters) from error
 
     async def admit(self, source: Source) -> Admitted:
         return await self._call(self._intake.admit, source)
@@ -117,6 +127,18 @@ class HandleClient:
             raise
         except (RayError, RayServeException, LoomError) as error:
             raise translated(error) from error
+
+
+def blamed(error: LoomError, adapters: Sequence[AdapterRef]) -> LoomError:
+    """What ``error`` means where ``adapters`` are registered: files that an engine does not find, or finds damaged,
+    are the store's fault. Where an adapter is being registered, they are the fault of whoever named them."""
+    if not isinstance(error, (AdapterMissing, MalformedAdapter)):
+        return error
+    named = ", ".join(f"'{ref.name}' (version {ref.version[:12]})" for ref in adapters)
+    return AdapterLost(
+        f"The store cannot give the files of {named}: {error.message} Register the adapter again from its source.",
+        versions=[ref.version for ref in adapters],
+    )
 
 
 def translated(error: BaseException) -> LoomError:

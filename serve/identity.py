@@ -123,23 +123,34 @@ def digest_of(key: str) -> str:
 
 
 class KeyRing:
-    """All keys, as one snapshot. ``read`` gives them from the registry; ``is_required`` whether one is asked for."""
+    """All keys, as one snapshot. ``read`` gives them from the registry; ``is_required`` whether one is asked for.
 
-    def __init__(self, read: Callable[[], Iterable[KeyRecord]], *, is_required: bool) -> None:
+    ``check_fresh`` raises where the snapshot is too old to honour a key, which may have been revoked since.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Iterable[KeyRecord]],
+        *,
+        is_required: bool,
+        check_fresh: Callable[[], None] = lambda: None,
+    ) -> None:
         self._read = read
         self._is_required = is_required
+        self._check_fresh = check_fresh
         self._records: Mapping[str, KeyRecord] = MappingProxyType({})
 
     def reload(self) -> None:
         self._records = MappingProxyType({record.identity.id: record for record in self._read()})
 
     def identify(self, authorization: str) -> Identity:
-        """Who sends this ``Authorization`` header. Raises Unauthenticated."""
+        """Who sends this ``Authorization`` header. Raises Unauthenticated, and what ``check_fresh`` raises."""
         if not self._is_required:
             return ANYONE
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise Unauthenticated("Send your API key as 'Authorization: Bearer loom_…'.")
+        self._check_fresh()
         found = _KEY.fullmatch(key.strip())
         record = self._records.get(found[1]) if found else None
         # Compared in any case and in constant time, so that time tells nothing of a digest.

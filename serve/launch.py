@@ -29,6 +29,7 @@ from serve.config import ConfigurationError, Settings
 from serve.jobs.cluster import stop_runner
 from serve.ray_environment import prepare
 from serve.ray_internals import listening, own_address
+from serve.registry.database import Database
 
 OBJECT_STORE_BYTES = 200 << 20
 """Ray's own default takes 30 % of memory; requests here carry a few images at most."""
@@ -38,6 +39,7 @@ PORT_WAIT_S, PORT_POLL_S = 10.0, 0.2
 PROXY_GRACE_S = 5.0
 """Ray's proxy cuts off what takes too long, streams without a word; the gateway has this time to answer before."""
 
+REACHABLE_S = 10.0
 _LAST_ERROR = re.compile(r"^\s*(?:\w+\.)*[A-Z]\w+: .+", re.MULTILINE)
 """The lines that tracebacks end with."""
 
@@ -55,14 +57,17 @@ def running(settings: Settings, *, address: str | None = None) -> Iterator[str]:
     """
     if address is None:
         _check_port(settings)
+        _check_registry(settings)
     connect(address, num_cpus=max(4, os.cpu_count() or 1))
     try:
         with _translated("Ray Serve could not start the application"):
             _start_proxies(settings)
-            ray_serve.run(application(settings), name=APP_NAME, route_prefix="/", blocking=False)
-        yield f"{settings.server.scheme}://{settings.server.host}:{settings.server.port}"
+            _deploy(settings)
+        try:
+            yield f"{settings.server.scheme}://{settings.server.host}:{settings.server.port}"
+        finally:
+            _drain()
     finally:
-        _drain()
         with suppress(RayError):
             stop_runner(settings)
         ray_serve.shutdown()  # type: ignore[no-untyped-call]
@@ -76,6 +81,8 @@ def connect(address: str | None, *, num_cpus: int) -> None:
     imported. Raises StartFailed.
     """
     prepare(is_local=address is None)
+    if address is not None:
+        _check_reachable(address)
     local: dict[str, Any] = {"num_cpus": num_cpus, "object_store_memory": OBJECT_STORE_BYTES}
     what = "Ray could not be started here" if address is None else f"The Ray cluster at '{address}' cannot be joined"
     with _translated(what):
@@ -95,6 +102,17 @@ def connect(address: str | None, *, num_cpus: int) -> None:
         )
 
 
+def _deploy(settings: Settings) -> None:
+    """Raises ConfigurationError, and RuntimeError with what the deployments failed of."""
+    try:
+        ray_serve.run(application(settings), name=APP_NAME, route_prefix="/", blocking=False)
+    except RuntimeError as error:
+        found = ray_serve.status().applications.get(APP_NAME)
+        deployments = {} if found is None else found.deployments
+        causes = [text for status in deployments.values() for text in _LAST_ERROR.findall(status.message)[-1:]]
+        raise RuntimeError("\n".join([str(error), *causes])) from error
+
+
 def _start_proxies(settings: Settings) -> None:
     """Raises StartFailed where Serve listens elsewhere already, since it would go on doing so."""
     wanted = HTTPOptions(
@@ -112,6 +130,29 @@ def _start_proxies(settings: Settings) -> None:
                 f"Ray Serve runs on this cluster already, with http_options.{name} {getattr(found, name)!r} instead of "
                 f"{getattr(wanted, name)!r}. Start with the same, or end it first with `serve shutdown`."
             )
+
+
+def _check_reachable(address: str) -> None:
+    """Beforehand, since Ray would try for minutes. Raises StartFailed."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # "auto"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACHABLE_S).close()
+    except OSError as error:
+        raise StartFailed(
+            f"The Ray cluster at '{address}' cannot be joined: {error.strerror or error}. Check --address, and "
+            "that the cluster runs (`ray status`)."
+        ) from error
+
+
+def _check_registry(settings: Settings) -> None:
+    """Raises StartFailed where the registry cannot be used: its own reason, which a replica's failure to start would
+    not show."""
+    try:
+        Database(settings.registry_url).close()
+    except LoomError as error:
+        raise StartFailed(error.message) from error
 
 
 def _check_port(settings: Settings) -> None:
@@ -157,7 +198,7 @@ def _drain() -> None:
 
     Shutting Serve down at once would take the proxies first, and with them every stream.
     """
-    with suppress(RayServeException, RayError):  # Serve or Ray is gone already, or the application never came
+    with suppress(RayServeException, RayError, TimeoutError):  # Serve or Ray is gone already, or does not end in time
         ray_serve.delete(APP_NAME)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_runtime.errors import InvalidRequest, LoomError, NotFound
 from lora_runtime.merge.job import JobRecipe, Plan, refused
+from lora_runtime.store.sources import listed
 from serve.catalog import Catalog
 from serve.engine_client import EngineClient
 from serve.identity import Identity, Reachable
@@ -73,10 +74,10 @@ class Merging:
 
     async def get(self, identifier: str, identity: Identity) -> tuple[MergeJob, list[MergeUnit]]:
         """A job and its units. Raises NotFound, also for one whose result the key does not reach."""
-        job = await asyncio.to_thread(self._merges.get, identifier)
+        job, units = await asyncio.to_thread(self._merges.progress, identifier)
         if not identity.may_use(job.name):
             raise NotFound(f"There is no merge '{identifier[:64]}'.", near=[])
-        return job, await asyncio.to_thread(self._merges.units, job.id)
+        return job, units
 
     async def all(self, identity: Identity, *, limit: int, state: MergeState | None) -> list[MergeJob]:
         found = await asyncio.to_thread(self._merges.all, limit=limit, state=state)
@@ -117,7 +118,9 @@ class Merging:
             raise InvalidRequest("The path of the examples cannot be resolved.", param="search.examples") from error
         if not any(path.is_relative_to(root) for root in self._roots):
             raise InvalidRequest(
-                "Examples must lie in one of the folders that merges.roots allows.", param="search.examples"
+                "The path of the examples is outside the folders that they may be read from (setting merges.roots): "
+                f"{listed(self._roots)}.",
+                param="search.examples",
             )
         return recipe.model_copy(update={"search": spec.model_copy(update={"examples": str(path)})})
 

@@ -63,7 +63,8 @@ class PinFollower:
 
     async def _connected(self) -> Follower:
         loop = asyncio.get_running_loop()
-        repository = Repository(await asyncio.to_thread(Database, self._url))
+        database = await asyncio.to_thread(Database, self._url)
+        repository = Repository(database)
 
         known: dict[str, AdapterRecord] = {}
 
@@ -72,7 +73,12 @@ class PinFollower:
             known = repository.adapters(known)
             loop.call_soon_threadsafe(self._on_change, pinned(known.values()))
 
-        follower = Follower(repository.revision)
+        follower = Follower(repository.revision, snapshot=database.reading)
         follower.add(reload)
-        await follower.start()
+        try:
+            await follower.start()
+        except BaseException:
+            await follower.stop()
+            database.close()
+            raise
         return follower

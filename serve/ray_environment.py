@@ -9,6 +9,8 @@ from pathlib import Path
 MESSAGE_BYTES = 256 << 20
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Where Ray on Windows and macOS listens on loopback only, it does so by this switch; it works on Linux as well."""
+PROXY_CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.proxy.middlewares")
+"""Has Ray Serve's proxies bound what arrives, and drop headers that steer Ray: the variable, and its value."""
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
@@ -24,6 +26,7 @@ def prepare(*, is_local: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # On a busy machine a proxy takes longer to start than Ray's default of 5 s allows.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
+    os.environ.setdefault(*PROXY_CALLBACK)
     # Requests carry images; Ray's default of 4 MB for messages between replicas is too small for them.
     os.environ.setdefault("RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH", str(MESSAGE_BYTES))
     if is_local:

@@ -21,8 +21,9 @@ from lora_runtime.engine.protocol import (
     EngineStats,
     GenerateRequest,
     TokenEvent,
+    summed,
 )
-from lora_runtime.errors import DeadlineExceeded, LoomError, Overloaded
+from lora_runtime.errors import DeadlineExceeded, LoomError, Overloaded, TurnTimeout
 from lora_runtime.store.factory import local_path
 from serve.background import ended
 from serve.fairness import FairQueue
@@ -119,23 +120,29 @@ class EngineReplica:
         """The request as the engine takes it: files at hand, its turn come, and the time that is left; and an event
         that is set when it is to be given up, as only spare ones are.
 
-        Raises Overloaded, DeadlineExceeded, and as ``LocalCopies.folder_of``.
+        Raises ContextOverflow, Overloaded, TurnTimeout, DeadlineExceeded while files are fetched, and as
+        ``LocalCopies.folder_of``.
         """
         given_up = asyncio.Event()
         begun = time.monotonic()
-        tenant = "+".join(sorted(ref.version for ref in request.adapters))
+        out_of_time: type[DeadlineExceeded] = DeadlineExceeded
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(request.timeout_s):
+                    # First of all, so that nothing long is kept that can only be refused.
+                    await self._engine.check(request.prompt)
                     # Before its turn, so that nobody waits behind a slow bucket.
                     adapters = await asyncio.gather(*(self._brought(ref) for ref in request.adapters))
+                    out_of_time = TurnTimeout
                     if request.is_spare:
                         given_up = stack.enter_context(self._turns.spare(cost))
                     else:
-                        await stack.enter_async_context(self._turns.turn(tenant, cost))
+                        await stack.enter_async_context(
+                            self._turns.turn(request.caller, summed(request.adapters), cost)
+                        )
                     span.add_event("turn")
             except TimeoutError as error:
-                raise DeadlineExceeded("The request ran out of time waiting for its turn.", retry_after_s=1) from error
+                raise out_of_time("The request ran out of time waiting for its turn.", retry_after_s=1) from error
             left = None if request.timeout_s is None else request.timeout_s - (time.monotonic() - begun)
             yield replace(request, adapters=tuple(adapters), timeout_s=left), given_up
 

@@ -21,8 +21,9 @@ def sources_of(settings: Settings) -> Sources:
     """What may be registered, and what the configuration itself names at start."""
     adapters = settings.adapters
     return Sources(
-        (*adapters.roots, *adapters.preload.values()),
+        adapters.roots,
         adapters.sources,
+        preloaded=tuple(adapters.preload.values()),
         max_bytes=adapters.max_bytes,
         options=adapters.source_options.get_secret_value(),
     )

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_runtime.engine.prompt_length import check_tokens
 from lora_runtime.engine.protocol import (
     AdapterInfo,
     AdapterRef,
@@ -31,6 +32,7 @@ from lora_runtime.engine.protocol import (
     TextPrompt,
     Token,
     TokenEvent,
+    TokenPrompt,
     Usage,
 )
 from lora_runtime.errors import (
@@ -43,6 +45,7 @@ from lora_runtime.errors import (
 )
 from lora_runtime.folder import CONFIG_NAME, fingerprint, read_json, tensors_file
 
+HEAD = "score"
 LABELS = ("no", "yes")
 
 
@@ -98,9 +101,14 @@ class FakeEngine:
             max_rank=1,
             lora_modules=1,
             saved_modules=(),
-            heads={"score": LABELS} if config.get("head") else {},
+            heads={HEAD: LABELS} if config.get("head") else {},
             touches_vision=False,
         )
+
+    async def check(self, prompt: Prompt) -> None:
+        """Token ids are its words; what else is too long is refused with its target's name, which is one as well."""
+        if isinstance(prompt, TokenPrompt):
+            check_tokens(len(prompt.token_ids), self._config.max_model_len, "prompt")
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         words = self._words(request.prompt, _label(request))
@@ -124,9 +132,11 @@ class FakeEngine:
             self._counters["finished" if is_finished else "cancelled"] += 1
 
     async def classify(self, request: ClassifyRequest) -> Classification:
-        if not any(read_json(Path(ref.path) / CONFIG_NAME).get("head") for ref in request.adapters):
-            raise NotFound("No classification head in the target. Name an adapter that was trained with one.")
+        has_head = any(read_json(Path(ref.path) / CONFIG_NAME).get("head") for ref in request.adapters)
+        if not has_head or request.head not in (None, HEAD):
+            raise NotFound("No such classification head in the target. Name an adapter that was trained with one.")
         words = self._words(request.prompt, "")
+        check_tokens(len(words), self._config.max_model_len, "input")
         is_yes = len(words) % 2
         return Classification(
             labels=LABELS,

@@ -5,9 +5,11 @@ Text of a request never becomes a special token: where it spells one, it is toke
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +19,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lora_runtime.engine.images import ImageProcessor, Patches
-from lora_runtime.engine.protocol import ChatPrompt, ImagePart, Message, Prompt, TextPrompt
+from lora_runtime.engine.prompt_length import PromptLength, check_tokens
+from lora_runtime.engine.protocol import ChatPrompt, ImagePart, Message, Prompt, TextPrompt, TokenPrompt
 from lora_runtime.errors import InvalidRequest
 
 
@@ -57,29 +60,47 @@ class PromptProcessor:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(base_path)
         # Whether specials in a text count is state of the backend, so each rule has a backend of its own.
         serialized = self.tokenizer.backend_tokenizer.to_str()
-        self._with_specials = Tokenizer.from_str(serialized)
-        self._plain = Tokenizer.from_str(serialized)
+        self._with_specials = _untruncated(serialized)
+        self._plain = _untruncated(serialized)
         self._plain.encode_special_tokens = True
+        self._length = PromptLength(self._plain)
         self._images = images
         self._max_images = max_images
         self._rope_index = rope_index
         self._image_id: Any = self._with_specials.token_to_id("<|image_pad|>")
-        specials = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
-        self._specials = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        self._specials = tuple(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special)
 
-    def prepare(self, prompt: Prompt) -> Prepared:
-        """Decode, render, tokenize and place. Raises InvalidRequest or InvalidImage."""
+    def prepare(self, prompt: Prompt, max_tokens: int = sys.maxsize) -> Prepared:
+        """Decode, render, tokenize and place, without holding the interpreter for long.
+
+        Raises InvalidRequest or InvalidImage, and ContextOverflow for a prompt of more than ``max_tokens``: before it
+        is tokenized where its length says so.
+        """
         if isinstance(prompt, ChatPrompt):
             images = self._decode(prompt.messages)
-            ids = self._expand(self._render(prompt.messages), images)
+            ids = self._expand(self._render(prompt.messages, max_tokens), images)
+            check_tokens(len(ids), max_tokens, "messages")
         elif isinstance(prompt, TextPrompt):
-            images, ids = (), self._encode(prompt.text, plain=True)
+            images, ids = (), self._encode([(prompt.text, True)], max_tokens, "prompt")
         else:
+            check_tokens(len(prompt.token_ids), max_tokens, "prompt")
             images, ids = (), self._checked(prompt.token_ids)
         if not ids:
             raise InvalidRequest("The prompt is empty; send at least one token.", param="prompt")
         positions, following = self._place(ids, images)
         return Prepared(tuple(ids), positions, following, images, self._image_id)
+
+    async def check(self, prompt: Prompt, max_tokens: int) -> None:
+        """Raise ContextOverflow for a prompt that is more than ``max_tokens`` however it is tokenized.
+
+        Nothing is tokenized. A template may leave text out, so long chats are rendered, on a thread."""
+        if isinstance(prompt, TokenPrompt):
+            check_tokens(len(prompt.token_ids), max_tokens, "prompt")
+        elif isinstance(prompt, TextPrompt):
+            self._length.check_text(prompt.text, max_tokens, "prompt")
+        elif self._length.may_exceed(sum(map(len, texts := _texts(prompt.messages))), max_tokens):
+            rendered = await asyncio.to_thread(self._template, prompt.messages, texts)
+            self._length.check_text(rendered, max_tokens, "messages")
 
     def _decode(self, messages: Sequence[Message]) -> tuple[Patches, ...]:
         parts = [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
@@ -94,19 +115,23 @@ class PromptProcessor:
             self._images(part.data, where=f"image {number} of {len(parts)}") for number, part in enumerate(parts, 1)
         )
 
-    def _render(self, messages: Sequence[Message]) -> list[int]:
-        texts = [part.text for message in messages for part in message.parts if not isinstance(part, ImagePart)]
-        if not any(self._specials.search(text) for text in texts):
-            return self._encode(self._template(messages, texts), plain=False)
+    def _render(self, messages: Sequence[Message], max_tokens: int) -> list[int]:
+        texts = _texts(messages)
+        rendered = self._template(messages, texts)
+        # What is rendered counts, not what was sent: a template may leave some of it out.
+        self._length.check_text(rendered, max_tokens, "messages")
+        # Searched one by one: a regular expression would hold the interpreter for all of a text, many times as long.
+        if not any(special in text for special in self._specials for text in texts):
+            return self._encode([(rendered, False)], max_tokens, "messages")
         # Some text spells a special token. A mark that no text can hold stands in for each text while
         # the template is rendered; then template and texts are tokenized apart, each by its own rule.
         mark = secrets.token_hex(16)
-        rendered = self._template(messages, [f"{mark}{number};" for number in range(len(texts))])
-        ids: list[int] = []
-        for number, piece in enumerate(re.split(rf"{mark}(\d+);", rendered)):
-            is_text = number % 2 == 1
-            ids += self._encode(texts[int(piece)] if is_text else piece, plain=is_text)
-        return ids
+        marked = self._template(messages, [f"{mark}{number};" for number in range(len(texts))])
+        pieces = [
+            (texts[int(piece)], True) if number % 2 == 1 else (piece, False)
+            for number, piece in enumerate(re.split(rf"{mark}(\d+);", marked))
+        ]
+        return self._encode(pieces, max_tokens, "messages")
 
     def _template(self, messages: Sequence[Message], texts: Sequence[str]) -> str:
         remaining = iter(texts)
@@ -123,9 +148,18 @@ class PromptProcessor:
         rendered = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         return str(rendered)
 
-    def _encode(self, text: str, *, plain: bool) -> list[int]:
-        backend = self._plain if plain else self._with_specials
-        return list(backend.encode(text, add_special_tokens=False).ids)
+    def _encode(self, pieces: Sequence[tuple[str, bool]], max_tokens: int, param: str) -> list[int]:
+        """The ids of all ``pieces``, one after the other; of each, whether special tokens in it are plain text."""
+        ids: list[int] = []
+        for text, is_plain in pieces:
+            self._length.check_text(text, max_tokens, param)
+            _check_unicode(text, param)
+            backend = self._plain if is_plain else self._with_specials
+            # A batch of one: `encode` holds the interpreter's lock for its whole time, and batches do not.
+            (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
+            check_tokens(len(ids) + len(encoding), max_tokens, param)
+            ids += encoding.ids
+        return ids
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         size = len(self.tokenizer)
@@ -154,3 +188,25 @@ class PromptProcessor:
             row, (row == self._image_id).int(), image_grid_thw=torch.tensor([image.grid for image in images])
         )
         return positions[:, 0], len(ids) + int(delta[0, 0])
+
+
+def _texts(messages: Sequence[Message]) -> list[str]:
+    return [part.text for message in messages for part in message.parts if not isinstance(part, ImagePart)]
+
+
+def _check_unicode(text: str, param: str) -> None:
+    """Raise InvalidRequest for half of a surrogate pair, which JSON can spell and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"Character {error.start} of a text is half of a surrogate pair. Send valid Unicode.", param=param
+        ) from error
+
+
+def _untruncated(serialized: str) -> Tokenizer:
+    """A tokenizer that tokenizes all of a text, whatever its file says of lengths."""
+    backend = Tokenizer.from_str(serialized)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend

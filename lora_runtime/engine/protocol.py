@@ -102,8 +102,9 @@ class GenerateRequest:
     """One call. An empty ``adapters`` is the base; several are a combination (deltas add).
 
     ``cache_scope``: only requests of the same one share what an engine keeps of prompts. ``trace``: the caller's
-    span, as W3C's ``traceparent``; engines pass it by. ``is_spare``: nobody waits for the answer, so it is given up
-    as soon as it is in anybody's way (see ``serve/fairness.py``); engines themselves treat it as any other.
+    span, as W3C's ``traceparent``; engines pass it by. ``caller``: who asks, as an opaque value that holds no secret;
+    callers share an engine fairly. ``is_spare``: nobody waits for the answer, so it is given up as soon as it is in
+    anybody's way. The last two are for ``serve/fairness.py``; engines themselves treat all requests alike.
     """
 
     request_id: str
@@ -113,6 +114,7 @@ class GenerateRequest:
     timeout_s: float | None = None
     cache_scope: str = ""
     trace: str = ""
+    caller: str = ""
     is_spare: bool = False
 
 
@@ -127,6 +129,7 @@ class ClassifyRequest:
     timeout_s: float | None = None
     cache_scope: str = ""
     trace: str = ""
+    caller: str = ""
     is_spare: bool = False
 
 
@@ -242,6 +245,11 @@ class Engine(Examiner, Protocol):
 
     async def close(self) -> None:
         """Stop; running requests end with EngineFault. Idempotent."""
+
+    async def check(self, prompt: Prompt) -> None:
+        """Raise ContextOverflow for a prompt that cannot fit, whatever its tokens are: before it waits for anything.
+
+        What passes may still be refused by :meth:`generate` and :meth:`classify`, which count tokens."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         """Stream events. Raises CallerError or Overloaded before the first event, EngineFault at any time."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from lora_runtime.engine.prompt_length import byte_alphabet
 from lora_runtime.engine.protocol import Alternative, Token
 
 
@@ -14,10 +15,8 @@ class TokenText:
     """Text and bytes of single tokens of a byte-level BPE vocabulary."""
 
     def __init__(self, tokenizer: Any) -> None:
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
-
         self._tokenizer = tokenizer
-        self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
+        self._byte_of = byte_alphabet()
 
     def bytes_of(self, token_id: int) -> bytes:
         """The token's own bytes; a special token's are its spelling."""

@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lora_runtime.merge.methods import SEMANTICS, Convention, Options
 
 MAX_INPUTS = 64
+MAX_PATTERNS = 256
 EXACT = ("cat", "linear")
 """Methods that lose nothing, whatever their space."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)(?:\.|$)")
 
 Number = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
-Gradient = Annotated[tuple[Number, ...], Field(min_length=2, max_length=256)]
+Gradient = Annotated[tuple[Number, ...], Field(fail_fast=True, min_length=2, max_length=256)]
 Method = Literal[
     "cat",
     "linear",
@@ -51,12 +52,15 @@ class ModuleWeight(Part):
     weight: Number | Gradient
 
 
+ByModules = Annotated[tuple[ModuleWeight, ...], Field(fail_fast=True, max_length=MAX_PATTERNS)]
+
+
 class Input(Part):
     """An adapter and its weight: a number; several, spread evenly over the layers from first to last; or by modules,
     the first that matches (1 where none does). Leaves outside of any layer take a spread's first number."""
 
     adapter: str = Field(min_length=1, max_length=4096)
-    weight: Number | Gradient | tuple[ModuleWeight, ...] = 1.0
+    weight: Number | Gradient | ByModules = 1.0
 
     def weight_at(self, leaf: str, num_layers: int) -> float:
         """``num_layers`` of the stack that ``leaf`` is in."""
@@ -81,7 +85,7 @@ class Recipe(Part):
     """
 
     method: Method
-    inputs: tuple[Input, ...] = Field(min_length=1, max_length=MAX_INPUTS)
+    inputs: tuple[Input, ...] = Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)
     space: Literal["core", "full"] = "core"
     rank: int | None = Field(default=None, ge=1, le=16384)
     density: float = Field(default=0.5, gt=0, le=1)

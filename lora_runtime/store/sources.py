@@ -18,12 +18,14 @@ from lora_runtime.store.protocol import CHUNK_BYTES
 
 SCHEMES = frozenset({"s3", "gs", "gcs", "az", "abfs", "hf", "memory"})
 """Of URIs that may be allowed. Not http: a server may redirect to anywhere."""
+MAX_LISTED = 8
 
 
 class Sources:
     """Folders below ``roots``, and URIs below ``prefixes``; at most ``max_bytes`` of each adapter.
 
-    ``options``: of the file systems, by scheme. Calls block; safe from any thread.
+    ``preloaded``: further folders that the configuration itself registers; errors do not list them. ``options``: of
+    the file systems, by scheme. Calls block; safe from any thread.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class Sources:
         prefixes: Sequence[str] = (),
         *,
         max_bytes: int,
+        preloaded: Sequence[Path] = (),
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self._roots = tuple(root.expanduser().resolve() for root in roots)
+        self._preloaded = tuple(folder.expanduser().resolve() for folder in preloaded)
         self._prefixes = tuple(prefix.rstrip("/") for prefix in prefixes)
         self._max_bytes = max_bytes
         self._options = options or {}
@@ -122,15 +126,25 @@ class Sources:
         is_plain = protocol in SCHEMES and not {"", ".", ".."} & set(path.rstrip("/").split("/"))
         if not is_plain or not any(_is_below(source.rstrip("/"), prefix) for prefix in self._prefixes):
             raise InvalidRequest(
-                "The address is outside those that adapters may be taken from (setting adapters.sources).",
+                "The address is outside those that adapters may be taken from (setting adapters.sources): "
+                f"{listed(self._prefixes)}.",
                 param="path",
             )
 
     def _check_inside(self, path: Path) -> None:
-        if not any(path.is_relative_to(root) for root in self._roots):
+        if not any(path.is_relative_to(root) for root in (*self._roots, *self._preloaded)):
             raise InvalidRequest(
-                "The path is outside the folders that adapters may lie in (setting adapters.roots).", param="path"
+                "The path is outside the folders that adapters may be registered from (setting adapters.roots): "
+                f"{listed(self._roots)}.",
+                param="path",
             )
+
+
+def listed(allowed: Sequence[object]) -> str:
+    """The first few places that are allowed, for an error's message."""
+    shown = [str(place) for place in allowed[:MAX_LISTED]]
+    more = f" and {len(allowed) - MAX_LISTED} more" if len(allowed) > MAX_LISTED else ""
+    return f"{', '.join(shown)}{more}" if shown else "none is set"
 
 
 def _is_below(source: str, prefix: str) -> bool:

@@ -40,6 +40,8 @@ class Kind(StrEnum):
     FALLBACK = "fallback"
     NOT_ENROLLED = "not_enrolled"
     REQUEST = "request"
+    UNANSWERED = "unanswered"
+    """As it is kept, not said: one that failed before its answer began, and not by the fault of its arm."""
 
 
 class Named(Protocol):

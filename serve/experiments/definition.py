@@ -92,7 +92,7 @@ class Ramp(Part):
     """Coverage while ``ramping``: each of ``steps`` for ``every_s``, as long as no guardrail and no mismatch speaks
     against the next."""
 
-    steps: tuple[Share, ...] = Field(default=DEFAULT_STEPS, min_length=1, max_length=50)
+    steps: tuple[Share, ...] = Field(fail_fast=True, default=DEFAULT_STEPS, min_length=1, max_length=50)
     every_s: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
 
     @field_validator("steps")
@@ -118,8 +118,8 @@ class Condition(Part):
     """
 
     attribute: str = Field(max_length=80)
-    any_of: tuple[str, ...] = Field(default=(), max_length=100)
-    none_of: tuple[str, ...] = Field(default=(), max_length=100)
+    any_of: tuple[str, ...] = Field(fail_fast=True, default=(), max_length=100)
+    none_of: tuple[str, ...] = Field(fail_fast=True, default=(), max_length=100)
 
     @model_validator(mode="after")
     def _one_list_of_a_known_attribute(self) -> Condition:
@@ -141,9 +141,9 @@ class Shadow(Part):
 class Allocation(Part):
     """Who takes part and who gets what. A change of it opens a new phase, but for more coverage or fewer conditions."""
 
-    arms: tuple[Arm, ...] = Field(min_length=2, max_length=MAX_ARMS)
+    arms: tuple[Arm, ...] = Field(fail_fast=True, min_length=2, max_length=MAX_ARMS)
     coverage: Share = 1.0
-    conditions: tuple[Condition, ...] = Field(default=(), max_length=20)
+    conditions: tuple[Condition, ...] = Field(fail_fast=True, default=(), max_length=20)
 
     @model_validator(mode="after")
     def _sound(self) -> Allocation:
@@ -172,9 +172,11 @@ class Plan(Part):
     alias: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     description: str = Field(default="", max_length=4096)
     control: Name | None = None
-    metrics: tuple[Metric, ...] = Field(default=(), max_length=MAX_METRICS)
+    metrics: tuple[Metric, ...] = Field(fail_fast=True, default=(), max_length=MAX_METRICS)
     decision_metric: str = Field(default=ERROR_RATE, max_length=64)
-    guardrails: tuple[Guardrail, ...] = Field(default=(Guardrail(metric=ERROR_RATE, tolerance=0.02),), max_length=20)
+    guardrails: tuple[Guardrail, ...] = Field(
+        fail_fast=True, default=(Guardrail(metric=ERROR_RATE, tolerance=0.02),), max_length=20
+    )
     analysis: Analysis = Analysis()
     ramp: Ramp = Ramp()
     layer: Layer | None = None

@@ -38,7 +38,8 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How such a request ended; times in seconds, None where there was nothing to time."""
+    """How such a request ended, where that says something of its arm: answered, or failed by the arm's fault, which is
+    a ``status`` from 500 on whatever the client was told. Times in seconds, None where there was nothing to time."""
 
     request_id: str
     status: int

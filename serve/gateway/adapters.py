@@ -72,9 +72,7 @@ def router(services: Services) -> APIRouter:
 
     @routes.get("/v1/adapters/{name}/versions/{version}", summary="One version, or an alias's")
     async def version(name: str, version: str) -> AdapterVersion:
-        record = catalog.adapter(name)
-        exact = catalog.exact(name, version)
-        return _version(record, next(found for found in record.versions if found.id == exact))
+        return _version(*catalog.version(name, version))
 
     @routes.delete("/v1/adapters/{name}/versions/{version}", summary="Forget a version")
     async def delete_version(name: str, version: str, identity: Who) -> Deleted:

@@ -11,16 +11,13 @@ from fastapi import FastAPI
 
 from serve.follower import Follower
 from serve.gateway import adapters, chat, classify, completions, experiments, health, management, merges, models, pages
+from serve.gateway.bodies import BodyMiddleware
 from serve.gateway.errors import install_handlers
 from serve.gateway.generation import Services
 from serve.gateway.housekeeping import Housekeeping
-from serve.gateway.middleware import (
-    BodyLimitMiddleware,
-    HeaderLimitMiddleware,
-    IdentityMiddleware,
-    RequestIdMiddleware,
-)
+from serve.gateway.middleware import HeadMiddleware, IdentityMiddleware, RequestIdMiddleware
 from serve.gateway.observation import ObservationMiddleware
+from serve.gateway.receiving import BodyLimits
 from serve.identity import KeyRing
 from serve.limits import KeyLimits
 from serve.schemas.common import ErrorBody
@@ -42,8 +39,7 @@ def create_app(
     watch: Watch,
     *,
     max_header_bytes: int,
-    max_body_bytes: int,
-    max_upload_bytes: int,
+    bodies: BodyLimits,
     collect_every_s: float,
     preload: Mapping[str, Path],
     behind_proxy: bool = False,
@@ -71,18 +67,19 @@ def create_app(
         await follower.stop()
 
     refused: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 429, 500, 503)
+        status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 409, 413, 429, 500, 503)
     }
     app = FastAPI(
         title="Loom", description=DESCRIPTION, version="1", lifespan=lifespan, redoc_url=None, responses=refused
     )
-    for routes in (chat, completions, classify, models, adapters, experiments, merges, management, pages, health):
+    for routes in (chat, completions, classify, models, adapters, experiments, merges, management, pages):
         app.include_router(routes.router(services))
+    app.include_router(health.router(services, follower))
     app.include_router(experiments.feedback_router(services))
     install_handlers(app)
-    app.add_middleware(BodyLimitMiddleware, max_bytes=max_body_bytes, max_upload_bytes=max_upload_bytes)
+    app.add_middleware(BodyMiddleware, routes=app.routes, limits=bodies)
     app.add_middleware(IdentityMiddleware, keys=keys, limits=limits)
-    app.add_middleware(HeaderLimitMiddleware, max_bytes=max_header_bytes)
+    app.add_middleware(HeadMiddleware, max_bytes=max_header_bytes)
     app.add_middleware(ObservationMiddleware, tracing=tracing)
     app.add_middleware(RequestIdMiddleware, echo=not behind_proxy)
     return app

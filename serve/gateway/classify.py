@@ -9,10 +9,12 @@ from fastapi import APIRouter, Request, Response
 
 from lora_runtime.engine.protocol import Classification, ClassifyRequest, Prompt, Usage
 from lora_runtime.errors import LoomError
+from serve.experiments.blame import Blame
 from serve.gateway.access import Who, needs
 from serve.gateway.dispatch import Dispatch
 from serve.gateway.errors import CLIENT_LEFT, error_body
 from serve.gateway.generation import Services, total
+from serve.gateway.prompt_size import check_pieces
 from serve.identity import Identity, Scope
 from serve.schemas.management import ClassifyAnswer, ClassifyBody, ClassifyResult, LabelScore
 from serve.tracing import traceparent
@@ -50,6 +52,7 @@ async def _classified(
     services: Services, identity: Identity, dispatch: Dispatch, prompt: Prompt, head: str | None
 ) -> Classification:
     """By the target, or by what the alias means where an arm cannot serve. Counts the request however it ends."""
+    check_pieces(prompt)
     while True:
         target = dispatch.target
         call = ClassifyRequest(
@@ -60,18 +63,20 @@ async def _classified(
             timeout_s=services.timeout_s,
             cache_scope=services.cache_scope(identity),
             trace=traceparent(),
+            caller=identity.id,
         )
         begun, status, usage = time.monotonic(), 200, Usage(prompt_tokens=0, completion_tokens=0)
+        blame: Blame | None = None
         dispatch.dispatched()
         try:
             found = await services.engines.classify(call)
         except LoomError as error:
             if dispatch.falls_back(error, target):
                 continue
-            status = error_body(error)[0]
+            status, blame = error_body(error)[0], dispatch.blame(error)
             raise
         except asyncio.CancelledError:
-            status = CLIENT_LEFT
+            status, blame = CLIENT_LEFT, dispatch.blame(None)
             raise
         else:
             usage = found.usage
@@ -83,5 +88,5 @@ async def _classified(
             seconds = time.monotonic() - begun
             if dispatch.target == target:
                 services.metrics.answered(ROUTE, target, status, seconds)
-                services.begins(dispatch)
-                dispatch.ended(status, seconds if status == 200 else None, 0.0, usage)
+                services.begins(dispatch, blame)
+                dispatch.ended(status, seconds if status == 200 else None, 0.0, usage, blame)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from fastapi import Request
 
 from lora_runtime.engine.protocol import Usage
-from lora_runtime.errors import AdapterRejected, InvalidRequest, LoomError, NotFound, StoreUnavailable
+from lora_runtime.errors import InvalidRequest, LoomError
 from serve.assigner import Assigned
 from serve.experiments.assignment import (
     FORCE_HEADER,
@@ -22,15 +22,25 @@ from serve.experiments.assignment import (
     language_of,
     unit_of,
 )
+from serve.experiments.blame import BROKEN, UNFIT, Blame, blame_of
 from serve.experiments.definition import NAME_PATTERN
 from serve.experiments.events import Exposure, Outcome, Trial
 from serve.experiments.recorder import Recorder
 from serve.identity import Identity, Scope
+from serve.registry.evidence import FAULT
 from serve.schemas.common import TargetedBody
 from serve.targets import Target
 
-FALLS_BACK = (NotFound, AdapterRejected, StoreUnavailable)
-"""Errors that are an arm's own: its adapter is gone, broken or out of reach. Others would meet any arm."""
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """How one part of an answer ended; ``blame`` is None where it was answered."""
+
+    status: int
+    blame: Blame | None
+    first_s: float | None
+    token_s: float | None
+    usage: Usage
 
 
 @dataclass(slots=True)
@@ -45,7 +55,8 @@ class Dispatch:
     parts: int = 1
     _kind: Kind | None = field(default=None, init=False)
     _is_written: bool = field(default=False, init=False)
-    _ended: list[tuple[int, float | None, float | None, Usage]] = field(default_factory=list, init=False)
+    _arms_error: LoomError | None = field(default=None, init=False)
+    _ended: list[_Part] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if self.assigned is not None:
@@ -91,19 +102,26 @@ class Dispatch:
 
     def falls_back(self, error: LoomError, failed: Target) -> bool:
         """Whether another try is due, with what the alias means, since ``failed`` cannot serve."""
-        if self.assigned is None or self.assigned.arm is None or not isinstance(error, FALLS_BACK):
+        if self.assigned is None or self.assigned.arm is None or not isinstance(error, BROKEN + UNFIT):
             return False
         if self._kind is Kind.FORCED or failed == self.assigned.default:
             return False
-        self.target, self._kind = self.assigned.default, Kind.FALLBACK
+        self.target, self._kind, self._arms_error = self.assigned.default, Kind.FALLBACK, error
         return True
 
-    def answering(self) -> bool:
-        """Its answer begins, or will not: from here on feedback may come. True once, and only in an experiment."""
+    def blame(self, error: LoomError | None, *, never_ends: bool = False) -> Blame:
+        """Whose fault it is that the answer failed with ``error``, as :func:`blame_of` has it."""
+        is_default = self.assigned is not None and self.target == self.assigned.default
+        return blame_of(error, is_default=is_default, arms_error=self._arms_error, never_ends=never_ends)
+
+    def answering(self, blame: Blame | None = None) -> bool:
+        """Its answer begins, or will not, by whose fault ``blame`` says: from here on feedback may come. True once, and
+        only in an experiment."""
         assigned = self.assigned
         if self.recorder is None or assigned is None or assigned.experiment is None or self._is_written:
             return False
         self._is_written = True
+        tells = blame not in (Blame.REQUEST, Blame.LOAD)
         self.recorder.note(
             Trial(
                 request_id=self.request_id,
@@ -111,36 +129,44 @@ class Dispatch:
                 phase=assigned.experiment.phase.number,
                 arm=assigned.arm,
                 unit=assigned.unit,
-                assignment=self._kind or assigned.kind,
-                counts=assigned.counts,
+                assignment=(self._kind or assigned.kind) if tells or not assigned.counts else Kind.UNANSWERED,
+                counts=assigned.counts and tells,
                 owner=self.owner,
                 at=datetime.now(UTC),
             )
         )
         return True
 
-    def ended(self, status: int, first_s: float | None, decoding_s: float, usage: Usage) -> None:
-        """One of its parts is over; ``decoding_s`` from the first token to the last."""
+    def ended(
+        self, status: int, first_s: float | None, decoding_s: float, usage: Usage, blame: Blame | None = None
+    ) -> None:
+        """One of its parts is over, answered or failed by whose fault ``blame`` says; ``decoding_s`` from the first
+        token to the last."""
         if self.recorder is None or self.assigned is None or self.assigned.experiment is None:
             return
-        self.answering()
+        self.answering(blame)
         token_s = decoding_s / (usage.completion_tokens - 1) if usage.completion_tokens > 1 else None
-        self._ended.append((status, first_s, token_s, usage))
-        if len(self._ended) == self.parts:
-            self.recorder.note(self._outcome())
+        self._ended.append(_Part(status, blame, first_s, token_s, usage))
+        if len(self._ended) == self.parts and (outcome := self._outcome()) is not None:
+            self.recorder.note(outcome)
 
-    def _outcome(self) -> Outcome:
-        """Of all parts: the worst status, the longest wait, the mean time of a token."""
-        firsts = [first for _, first, _, _ in self._ended if first is not None]
-        tokens = [token for _, _, token, _ in self._ended if token is not None]
+    def _outcome(self) -> Outcome | None:
+        """Of all parts: the worst status, the longest wait, the mean time of a token. None where they failed, and that
+        says nothing of the arm."""
+        blames = {part.blame for part in self._ended}
+        is_fault = Blame.ARM in blames
+        if not is_fault and blames != {None}:
+            return None
+        status = max(part.status for part in self._ended)
+        tokens = [part.token_s for part in self._ended if part.token_s is not None]
         return Outcome(
             request_id=self.request_id,
-            status=max(status for status, _, _, _ in self._ended),
-            is_cold=any(usage.was_cold for _, _, _, usage in self._ended),
-            first_s=max(firsts, default=None),
+            status=max(status, FAULT) if is_fault else status,
+            is_cold=any(part.usage.was_cold for part in self._ended),
+            first_s=max((part.first_s for part in self._ended if part.first_s is not None), default=None),
             token_s=sum(tokens) / len(tokens) if tokens else None,
-            prompt_tokens=sum(usage.prompt_tokens for _, _, _, usage in self._ended),
-            completion_tokens=sum(usage.completion_tokens for _, _, _, usage in self._ended),
+            prompt_tokens=sum(part.usage.prompt_tokens for part in self._ended),
+            completion_tokens=sum(part.usage.completion_tokens for part in self._ended),
         )
 
 

@@ -23,8 +23,9 @@ from lora_runtime.errors import (
     StoreUnavailable,
 )
 from serve.engine_client import EngineUnavailable
+from serve.gateway.receiving import BodyTimeout, BodyTooLarge
 from serve.identity import Forbidden, Unauthenticated
-from serve.registry.database import RegistryUnavailable
+from serve.registry.errors import RegistryStale, RegistryUnavailable
 from serve.schemas.common import ErrorBody, ErrorDetail
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ STATUS: tuple[tuple[type[LoomError], int, str], ...] = (
     (Forbidden, 403, "permission_error"),
     (NotFound, 404, "not_found_error"),
     (AdapterTooLarge, 413, "invalid_request_error"),
+    (BodyTooLarge, 413, "invalid_request_error"),
+    (BodyTimeout, 408, "timeout_error"),
     (CallerError, 400, "invalid_request_error"),
     (Conflict, 409, "conflict_error"),
     (DeadlineExceeded, 504, "timeout_error"),
@@ -45,6 +48,7 @@ STATUS: tuple[tuple[type[LoomError], int, str], ...] = (
     (EngineUnavailable, 503, "server_error"),
     (StoreUnavailable, 503, "server_error"),
     (RegistryUnavailable, 503, "server_error"),
+    (RegistryStale, 503, "server_error"),
     (EngineFault, 500, "server_error"),
     (LoomError, 500, "server_error"),
 )
@@ -63,6 +67,8 @@ def error_response(error: LoomError) -> JSONResponse:
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     if (after := error.facts.get("retry_after_s")) is not None:
         headers["Retry-After"] = str(max(1, round(after)))
+    if status == 408:
+        headers["Connection"] = "close"  # what is left of the body is not waited for
     return JSONResponse(body.model_dump(), status_code=status, headers=headers)
 
 

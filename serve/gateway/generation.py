@@ -21,10 +21,12 @@ from serve.assigner import Assigner
 from serve.catalog import Catalog
 from serve.engine_client import EngineClient, Events
 from serve.experimentation import Experimentation
+from serve.experiments.blame import Blame
 from serve.experiments.recorder import Recorder
 from serve.gateway.dispatch import Dispatch, forced_variant, subject_of
 from serve.gateway.errors import CLIENT_LEFT, error_body
 from serve.gateway.fetching import ImageFetcher
+from serve.gateway.prompt_size import check_pieces
 from serve.gateway.shadowing import Shadows
 from serve.identity import Identity, Reachable
 from serve.merging import Merging
@@ -37,6 +39,8 @@ from serve.tracing import traceparent
 
 log = logging.getLogger(__name__)
 
+ENGINE_GRACE_S = 5.0
+"""How much longer an engine is waited for than it may take: only what has died says nothing."""
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -106,6 +110,7 @@ class Services:
     ) -> Generation:
         """Send a request and wait for its first events, so that what goes wrong until then has a status code, and an
         arm that cannot serve is left for what the alias means."""
+        check_pieces(prompt)
         while True:
             target = dispatch.target
             request = GenerateRequest(
@@ -116,6 +121,7 @@ class Services:
                 timeout_s=self.timeout_s,
                 cache_scope=self.cache_scope(identity),
                 trace=traceparent(),
+                caller=identity.id,
             )
             dispatch.dispatched()
             generation = Generation(self, route, dispatch, request)
@@ -124,15 +130,16 @@ class Services:
             except LoomError as error:
                 if dispatch.falls_back(error, target):
                     continue
-                self.begins(dispatch)
-                generation.end(error_body(error)[0])
+                blame = dispatch.blame(error)
+                self.begins(dispatch, blame)
+                generation.end(error_body(error)[0], blame)
                 raise
             self.begins(dispatch)
             return generation
 
-    def begins(self, dispatch: Dispatch) -> None:
-        """The answer begins, or it is known that there will be none."""
-        if dispatch.answering() and dispatch.variant is not None:
+    def begins(self, dispatch: Dispatch, blame: Blame | None = None) -> None:
+        """The answer begins, or it is known that there will be none, by whose fault ``blame`` says."""
+        if dispatch.answering(blame) and dispatch.variant is not None:
             self.metrics.assigned(*dispatch.variant)
 
 
@@ -156,36 +163,39 @@ class Generation:
     async def wait_for_first(self) -> None:
         """Raises whatever the engine raises before its first events; the caller says then how it ended."""
         try:
-            async with asyncio.timeout(self._services.timeout_s):
+            # The engine has the same time, and says what it went by.
+            async with asyncio.timeout(self._services.timeout_s + ENGINE_GRACE_S):
                 self._first = await anext(self._events)
         except TimeoutError as error:
             raise DeadlineExceeded("The engine gave no answer in time.", retry_after_s=1) from error
         except StopAsyncIteration as error:
             raise EngineFault("The engine ended the request without an answer.") from error
         except asyncio.CancelledError:
-            self.end(CLIENT_LEFT)
+            self.end(CLIENT_LEFT, self._dispatch.blame(None))
             raise
         self._first_at = self._last_at = time.monotonic()
         self._services.metrics.first_token(self._target, self._first_at - self._begun)
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
         """All events in order. Raises LoomErrors; counts the request however it ends."""
-        status = CLIENT_LEFT
+        status: int = CLIENT_LEFT
+        blame: Blame | None = self._dispatch.blame(None)
         try:
             for event in self._first:
                 yield self._seen(event)
             async for events in self._events:
                 for event in events:
                     yield self._seen(event)
-            status = 200
+            status, blame = 200, None
         except LoomError as error:
             status = error_body(error)[0]
+            blame = self._dispatch.blame(error, never_ends=self._request.sampling.ignore_eos)
             raise
         finally:
             closing = getattr(self._events, "aclose", None)
             if closing is not None:
                 await closing()
-            self.end(status)
+            self.end(status, blame)
 
     async def whole(self) -> dict[int, Choice]:
         """Every choice, complete."""
@@ -211,11 +221,11 @@ class Generation:
     def _decoding_s(self) -> float:
         return 0.0 if self._first_at is None else self._last_at - self._first_at
 
-    def end(self, status: int) -> None:
-        """Count the request as ended so."""
+    def end(self, status: int, blame: Blame | None) -> None:
+        """Count the request as ended so; ``blame``: whose fault it is that it failed, None where it was answered."""
         self._services.metrics.answered(self._route, self._target, status, time.monotonic() - self._begun)
         first_s = None if self._first_at is None else self._first_at - self._begun
-        self._dispatch.ended(status, first_s, self._decoding_s, self.usage)
+        self._dispatch.ended(status, first_s, self._decoding_s, self.usage, blame)
         if status == 200 and self._mirrored is not None:
             self._services.shadows.mirror_generation(self._dispatch, self._request, "".join(self._mirrored))
 

@@ -15,7 +15,7 @@ from starlette.types import Message
 
 from lora_runtime.errors import InvalidRequest
 from serve.background import ended
-from serve.registry.database import RegistryUnavailable
+from serve.registry.errors import RegistryUnavailable
 from serve.registry.replies import RENEWED_EVERY, Replies, Reply
 
 log = logging.getLogger(__name__)

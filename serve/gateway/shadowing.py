@@ -22,9 +22,10 @@ from lora_runtime.engine.protocol import (
     Prompt,
     TextPrompt,
 )
-from lora_runtime.errors import LoomError, Overloaded
+from lora_runtime.errors import LoomError
 from serve.engine_client import EngineClient
 from serve.experiments.assignment import uniform
+from serve.experiments.blame import Blame, blame_of
 from serve.experiments.events import Pair
 from serve.experiments.recorder import Recorder
 from serve.gateway.dispatch import Dispatch
@@ -97,9 +98,10 @@ class Shadows:
         )
         try:
             found = await ask(copy)
-        except Overloaded:
-            return self._count(dispatch, arm, "dropped")
         except LoomError as error:
+            # Answered by another arm, so the request was one that can be answered.
+            if blame_of(error, is_default=False) is not Blame.ARM:
+                return self._count(dispatch, arm, "dropped")
             log.warning("a shadow arm failed: %s", type(error).__name__)
             return self._count(dispatch, arm, "failed")
         self._count(dispatch, arm, "answered")

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
@@ -49,8 +50,11 @@ UPLOAD_FORM: dict[str, Any] = {
 async def received(store: Store, request: Request) -> AsyncIterator[tuple[str, bool]]:
     """The receipt of the adapter's files that a form holds, kept in ``store`` until the context's end, and the form's
     field ``activate``. Raises InvalidRequest, AdapterTooLarge, StoreUnavailable."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
         raise InvalidRequest("Send the adapter's files as multipart/form-data.", param="files")
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # Starlette decodes names by whatever codec is named
+        raise InvalidRequest("The form's charset must be UTF-8.", param="files")
     receipt = new_receipt()
     try:
         try:

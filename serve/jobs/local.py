@@ -87,8 +87,8 @@ def merging_here(
 def _watched(merges: Merges, job: MergeJob) -> Iterator[tuple[MergeJob, list[MergeUnit]]]:
     while job.ended_at is None:
         time.sleep(POLL_S)
-        job = merges.get(job.id)
-        yield job, merges.units(job.id)
+        job, units = merges.progress(job.id)
+        yield job, units
 
 
 def _spelled(target: Path | None) -> str:

@@ -19,7 +19,7 @@ from lora_runtime.store.protocol import Store
 from serve.config import Settings
 from serve.jobs.cluster import Call, Progress, RayTasks
 from serve.jobs.workload import ASSEMBLY, PROBE, check_of, work_of
-from serve.registry.database import RegistryUnavailable
+from serve.registry.errors import RegistryUnavailable
 from serve.registry.garbage import Garbage
 from serve.registry.merges import Checkpoint, MergeJob, Merges, MergeState, MergeUnit
 from serve.registry.records import SHOWN

@@ -12,7 +12,8 @@ from serve.config import Settings
 from serve.jobs.cluster import RayTasks
 from serve.jobs.run import LEASE_S, MergeRun, Stopped
 from serve.logs import configure
-from serve.registry.database import Database, RegistryUnavailable
+from serve.registry.database import Database
+from serve.registry.errors import RegistryUnavailable
 from serve.registry.garbage import Garbage
 from serve.registry.merges import LeaseLost, MergeJob, Merges, MergeState
 from serve.registry.repository import Repository

@@ -21,6 +21,8 @@ from serve.registry.repository import aware
 FAULT = 500
 """Statuses from here on are the service's fault; those below are the caller's, or load that all arms share."""
 KEPT_LOOKS = 400
+LIMIT_S = 60.0
+"""Adding up all requests of an experiment takes longer than other reads may."""
 COLD = "cold"
 
 
@@ -48,7 +50,7 @@ class EvidenceReader:
 
     def of(self, experiment: str, phase: int, plan: Plan) -> Evidence:
         """Everything that the analysis of a phase needs."""
-        with self._database.reading() as session:
+        with self._database.reading(LIMIT_S) as session:
             arms = _exposed(session, experiment, phase)
             excluded = _requests(session, experiment, phase, arms)
             _outcomes(session, experiment, phase, arms)

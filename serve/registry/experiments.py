@@ -153,7 +153,10 @@ class Experiments:
     def claim(self, identifier: str, every_s: float) -> bool:
         """Whether it is the caller's turn to look at an experiment: one caller's in ``every_s``."""
         now = datetime.now(UTC)
-        due = or_(ExperimentRow.looked_at.is_(None), ExperimentRow.looked_at <= now - timedelta(seconds=every_s))
+        every = timedelta(seconds=every_s)
+        looked_at = ExperimentRow.looked_at
+        # A look in the future was made before the clock was set back.
+        due = or_(looked_at.is_(None), looked_at <= now - every, looked_at > now + every)
         with self._database.adding() as session:
             claimed = session.execute(
                 update(ExperimentRow)

@@ -35,6 +35,8 @@ class MergeState(StrEnum):
     CANCELLED = "cancelled"
 
 
+IMPOSSIBLE_LEASES = 10
+"""So many times the length of a lease is more than clocks of different machines may differ by."""
 ENDED = (MergeState.SUCCEEDED, MergeState.FAILED, MergeState.CANCELLED)
 
 
@@ -159,6 +161,11 @@ class Merges:
         with self._database.reading() as session:
             return len(session.scalars(select(MergeRow.id).where(MergeRow.state.not_in(ENDED))).all())
 
+    def progress(self, identifier: str) -> tuple[MergeJob, list[MergeUnit]]:
+        """A job and its units as they were at one moment. Raises NotFound."""
+        with self._database.reading():
+            return self.get(identifier), self.units(identifier)
+
     def units(self, identifier: str) -> list[MergeUnit]:
         wanted = select(MergeUnitRow).where(MergeUnitRow.job == identifier).order_by(MergeUnitRow.number)
         with self._database.reading() as session:
@@ -196,7 +203,9 @@ class Merges:
     def claim(self, owner: str, seconds: float, *, other_than: Iterable[str] = ()) -> MergeJob | None:
         """A job that nobody works on, the oldest first, for ``owner`` alone from now on."""
         now = datetime.now(UTC)
-        free = or_(MergeRow.leased_until.is_(None), MergeRow.leased_until < now)
+        # A lease that runs longer than any is given for was written before the clock was set back.
+        impossible = now + timedelta(seconds=IMPOSSIBLE_LEASES * seconds)
+        free = or_(MergeRow.leased_until.is_(None), MergeRow.leased_until < now, MergeRow.leased_until > impossible)
         wanted = select(MergeRow).where(MergeRow.state.not_in(ENDED), free, MergeRow.id.not_in(list(other_than)))
         with self._database.alone() as session:
             row = session.scalars(wanted.order_by(MergeRow.created_at, MergeRow.id).limit(1)).first()

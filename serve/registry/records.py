@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from lora_runtime.errors import LoomError
+
 SHOWN = 12
 """Characters of a version that people are shown."""
 LATEST = "latest"
 """The alias that the bare name means: what was registered last, unless that was asked not to be served yet."""
+
+
+class RecordDamaged(LoomError):
+    """An adapter's rows contradict each other, such as an alias of a version that is not there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +48,18 @@ class AdapterRecord:
 
     @property
     def latest(self) -> VersionRecord:
-        """The version that the bare name means."""
-        return next(version for version in self.versions if version.id == self.aliases[LATEST])
+        """The version that the bare name means. Raises RecordDamaged where there is none."""
+        return self.version(self.aliases.get(LATEST, ""))
+
+    def version(self, identifier: str) -> VersionRecord:
+        """Raises RecordDamaged for one that the adapter does not have."""
+        for version in self.versions:
+            if version.id == identifier:
+                return version
+        raise RecordDamaged(
+            f"The registry's rows of adapter '{self.name}' contradict each other: no version '{identifier[:SHOWN]}'.",
+            adapter=self.name,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,8 @@ from serve.registry.tables import IdempotencyRow
 KEPT_FOR = timedelta(hours=24)
 RENEWED_EVERY = timedelta(seconds=10)
 GIVEN_UP_AFTER = timedelta(minutes=1)
-"""A request that was not renewed for so long died with its gateway; a repeated one takes its place."""
+"""A request that was not renewed for so long died with its gateway; a repeated one takes its place. So does one for a
+request that was renewed so far in the future: the clock was set back since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,7 @@ class Replies:
                 )
             if row is not None and row.status is not None:
                 return Reply(status=row.status, content_type=row.content_type, body=row.body)
-            if row is not None and now - aware(row.begun_at) < GIVEN_UP_AFTER:
+            if row is not None and abs(now - aware(row.begun_at)) < GIVEN_UP_AFTER:
                 raise Conflict("The first request with this idempotency key still runs.", retry_after_s=1)
             session.merge(
                 IdempotencyRow(owner=owner, key=key, request=request, begun_at=now, content_type="", body=b"")

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session, selectinload
 from lora_runtime.errors import Conflict, NotFound, StoreUnavailable
 from serve.registry.database import REVISION, Database
 from serve.registry.experiment_tables import UseRow
+from serve.registry.holds import Holds
 from serve.registry.records import LATEST, SHOWN, AdapterRecord, AuditRecord, VersionRecord
 from serve.registry.tables import AdapterRow, AliasRow, AuditRow, GarbageRow, RevisionRow, VersionRow
 
@@ -24,6 +25,7 @@ class Repository:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._holds = Holds(database)
 
     def revision(self) -> int:
         """Grows with every change of any table."""
@@ -79,35 +81,17 @@ class Repository:
         """Register content under a name; returns the adapter and whether the content is new to it.
 
         Other content than before becomes a further version. With ``activate`` it is what the bare name means from
-        now on; an adapter's first version always is. Known content again takes the new ``path``. ``is_there`` says
-        whether the store still has it, asked while nothing can be collected. Raises StoreUnavailable.
+        now on; an adapter's first version always is. Known content again takes the new ``path``.
+
+        ``is_there`` says whether the store has the content. It may be slow: it is asked outside of the registry's
+        lock, while a hold keeps the content from being deleted. Raises StoreUnavailable where it is gone.
         """
-        now = datetime.now(UTC)
-        with self._database.changing() as session:
+        with self._holds.registering(version) as use_hold:
             if not is_there():
-                raise StoreUnavailable("The adapter's files were collected meanwhile; register it again.")
-            session.execute(delete(GarbageRow).where(GarbageRow.version == version))
-            adapter = session.get(AdapterRow, name)
-            if adapter is None:
-                adapter = AdapterRow(name=name, created_at=now, versions=[], aliases=[])
-                session.add(adapter)
-            row = next((known for known in adapter.versions if known.id == version), None)
-            is_new = row is None
-            is_changed = row is None or (row.path, row.info) != (path, info)
-            if row is None:
-                number = max((known.number for known in adapter.versions), default=0) + 1
-                row = VersionRow(id=version, number=number, path=path, source=source, info=info, created_at=now)
-                adapter.versions.append(row)
-            else:
-                row.path, row.source, row.info = path, source, info
-            session.flush()
-            if is_changed:
-                note(session, actor, "adapter.register", f"{name}@{version}", number=row.number, is_new=is_new)
-            if activate or len(adapter.versions) == 1:
-                _move(session, adapter, LATEST, version, actor)
-            adapter.revision = session.info[REVISION]
-            session.flush()
-            return _adapter(adapter), is_new
+                raise StoreUnavailable("The adapter's files were deleted meanwhile; register it again.")
+            with self._database.changing() as session:
+                use_hold(session)
+                return _registered(session, name, version, path, info, source=source, activate=activate, actor=actor)
 
     def remove(self, name: str, *, actor: str = "system") -> None:
         """Forget an adapter with its versions and aliases; files stay. Raises NotFound, or Conflict while it is
@@ -163,6 +147,43 @@ class Repository:
             adapter.revision = session.info[REVISION]
             note(session, actor, "alias.delete", f"{name}@{alias}", version=row.version)
             session.delete(row)
+
+
+def _registered(
+    session: Session,
+    name: str,
+    version: str,
+    path: str,
+    info: dict[str, Any],
+    *,
+    source: str,
+    activate: bool,
+    actor: str,
+) -> tuple[AdapterRecord, bool]:
+    """As :meth:`Repository.add`, in a transaction."""
+    now = datetime.now(UTC)
+    session.execute(delete(GarbageRow).where(GarbageRow.version == version))
+    adapter = session.get(AdapterRow, name)
+    if adapter is None:
+        adapter = AdapterRow(name=name, created_at=now, versions=[], aliases=[])
+        session.add(adapter)
+    row = next((known for known in adapter.versions if known.id == version), None)
+    is_new = row is None
+    is_changed = row is None or (row.path, row.info) != (path, info)
+    if row is None:
+        number = max((known.number for known in adapter.versions), default=0) + 1
+        row = VersionRow(id=version, number=number, path=path, source=source, info=info, created_at=now)
+        adapter.versions.append(row)
+    else:
+        row.path, row.source, row.info = path, source, info
+    session.flush()
+    if is_changed:
+        note(session, actor, "adapter.register", f"{name}@{version}", number=row.number, is_new=is_new)
+    if activate or len(adapter.versions) == 1:
+        _move(session, adapter, LATEST, version, actor)
+    adapter.revision = session.info[REVISION]
+    session.flush()
+    return _adapter(adapter), is_new
 
 
 def _found(session: Session, name: str) -> AdapterRow:

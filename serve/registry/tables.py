@@ -86,12 +86,14 @@ class HoldRow(Table):
 
 
 class GarbageRow(Table):
-    """A version that the store has and nobody names, since it was first seen so."""
+    """A version that the store has and nobody names, since it was first seen so. ``claimed_at``: since when it is being
+    deleted, NULL while it is not."""
 
     __tablename__ = "garbage"
 
     version: Mapped[str] = mapped_column(String(VERSION_LENGTH), primary_key=True)
     seen_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    claimed_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
 
 
 class ApiKeyRow(Table):

@@ -118,7 +118,8 @@ class Trials:
     def forget(self, before: datetime) -> int:
         """Take away what was seen of experiments that were archived before then, some of it at a time.
 
-        Returns how many requests that were; 0 where nothing is left to take. Looks stay, with the last results.
+        Returns how many requests that were, or other rows if more; 0 where nothing is left to take. Looks stay, with
+        the last results. Each call is short: on SQLite, all who write wait for it.
         """
         with self._database.adding() as session:
             archived = sa.select(ExperimentRow.id).where(
@@ -128,9 +129,7 @@ class Trials:
             ids = list(session.scalars(some))
             for table in (FeedbackRow, OutcomeRow, TrialRow):
                 session.execute(sa.delete(table).where(table.request_id.in_(ids)))
-            for seen in (ExposureRow, PairRow):
-                session.execute(sa.delete(seen).where(seen.experiment.in_(archived)))
-            return len(ids)
+            return max(len(ids), *(_delete_some(session, seen, archived) for seen in (ExposureRow, PairRow)))
 
     def pairs(self, experiment: str, *, limit: int, before: int | None = None) -> list[tuple[int, Pair]]:
         """Both answers of shadowed requests, newest first, each with its id to page on by."""
@@ -139,6 +138,14 @@ class Trials:
             wanted = wanted.where(PairRow.id < before)
         with self._database.reading() as session:
             return [(row.id, _pair(row)) for row in session.scalars(wanted)]
+
+
+def _delete_some(session: Session, table: type[ExposureRow] | type[PairRow], experiments: Any) -> int:
+    """Delete up to ``FORGOTTEN_AT_ONCE`` rows of ``experiments``; returns how many."""
+    keys = list(table.__table__.primary_key)
+    some = sa.select(*keys).where(table.experiment.in_(experiments)).limit(FORGOTTEN_AT_ONCE)
+    deleted = session.execute(sa.delete(table).where(sa.tuple_(*keys).in_(some)).returning(*keys))
+    return len(deleted.all())
 
 
 def _values(event: Event) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lora_runtime.engine.protocol import ChatPrompt, ImagePart, Message, Role, Sampling, TextPart, Token
 from lora_runtime.errors import InvalidImage, InvalidRequest
-from serve.schemas.common import Body, SampledBody, Usage
+from serve.schemas.common import Body, Items, SampledBody, Usage
 
 MAX_TOP_LOGPROBS = 20
+MAX_PARTS = 256
+"""Of one message."""
 
 
 class TextContent(Body):
@@ -36,15 +38,17 @@ Content = Annotated[TextContent | ImageContent, Field(discriminator="type")]
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Content]
+    content: str | Annotated[Items[Content], Field(max_length=MAX_PARTS)]
     name: str | None = Field(default=None, max_length=128)
 
     @property
     def has_images(self) -> bool:
-        return any(isinstance(part, ImageContent) for part in self.content)
+        return not isinstance(self.content, str) and any(isinstance(part, ImageContent) for part in self.content)
 
     def urls(self) -> Iterator[str]:
         """Of images that are to be fetched."""
+        if isinstance(self.content, str):  # whose parts would be its characters
+            return
         for part in self.content:
             if isinstance(part, ImageContent) and not is_data_uri(part.image_url.url):
                 yield part.image_url.url
@@ -87,7 +91,7 @@ class ChatRequest(SampledBody):
         }
     )
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
+    messages: Items[ChatMessage] = Field(min_length=1, max_length=1024)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
@@ -98,7 +102,7 @@ class ChatRequest(SampledBody):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
-    modalities: list[str] | None = None
+    modalities: Items[str] | None = None
     reasoning_effort: str | None = None
 
     def unserved(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -14,6 +14,11 @@ MAX_N = 16
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256
 
+
+T = TypeVar("T")
+Items = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is validated up to its first invalid item. Otherwise each one becomes an error, at 40 µs and more, and
+invalid items do not count towards ``max_length``."""
 
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
@@ -45,7 +50,7 @@ class TargetedBody(Body):
     """Which model answers: ``model``, or ``adapters`` on top of the base."""
 
     model: str | None = Field(default=None, examples=["shape:0.7+french:0.3"])
-    adapters: list[WeightedAdapter] | None = Field(default=None, max_length=64)
+    adapters: Items[WeightedAdapter] | None = Field(default=None, max_length=64)
     user: str | None = Field(default=None, max_length=512)
     metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
     safety_identifier: str | None = Field(default=None, max_length=512)
@@ -70,7 +75,7 @@ class SampledBody(TargetedBody):
     top_k: int | None = Field(default=None, ge=0)
     n: int | None = Field(default=None, ge=1, le=MAX_N)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lora_runtime.engine.protocol import Prompt, Sampling, TextPrompt, Token, TokenPrompt
 from lora_runtime.errors import InvalidRequest
-from serve.schemas.common import SampledBody, Usage
+from serve.schemas.common import Items, SampledBody, Usage
 
 MAX_PROMPTS = 16
 DEFAULT_MAX_TOKENS = 16
@@ -21,7 +21,7 @@ class CompletionRequest(SampledBody):
         json_schema_extra={"examples": [{"model": "loom-zoo/base", "prompt": "Hello", "max_tokens": 8}]}
     )
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     max_tokens: int | None = Field(default=None, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: bool | None = None

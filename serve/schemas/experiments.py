@@ -23,7 +23,7 @@ from serve.experiments.definition import (
 )
 from serve.experiments.phases import possible
 from serve.experiments.records import Experiment, ModelAlias, Phase, State
-from serve.schemas.common import Body
+from serve.schemas.common import Body, Items
 
 EXAMPLE: dict[str, Any] = {
     "name": "tone-of-voice",
@@ -54,12 +54,12 @@ class ExperimentChange(Body):
     alias: str | None = Field(default=None, max_length=128)
     description: str | None = Field(default=None, max_length=4096)
     control: Name | None = None
-    arms: list[Arm] | None = None
+    arms: Items[Arm] | None = None
     coverage: Share | None = None
-    conditions: list[Condition] | None = None
-    metrics: list[Metric] | None = None
+    conditions: Items[Condition] | None = None
+    metrics: Items[Metric] | None = None
     decision_metric: str | None = None
-    guardrails: list[Guardrail] | None = None
+    guardrails: Items[Guardrail] | None = None
     analysis: Analysis | None = None
     ramp: Ramp | None = None
     layer: Layer | None = None

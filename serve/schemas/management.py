@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lora_runtime.engine.protocol import ChatPrompt, Prompt, TextPrompt
 from serve.registry.records import AuditRecord
 from serve.schemas.chat import ChatMessage
-from serve.schemas.common import Body, TargetedBody, Usage
+from serve.schemas.common import Body, Items, TargetedBody, Usage
 
 
 class Model(BaseModel):
@@ -166,7 +166,7 @@ class ClassifyBody(TargetedBody):
         }
     )
 
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=1024)
+    messages: Items[ChatMessage] | None = Field(default=None, min_length=1, max_length=1024)
     input: str | None = None
     head: str | None = Field(default=None, max_length=128)
 

@@ -22,6 +22,7 @@ from sqlalchemy.engine import make_url
 
 from lora_runtime.zoo import paths
 from lora_runtime.zoo.tasks import examples
+from serve.ray_environment import PROXY_CALLBACK
 from tests.cluster.clusters import wait_until
 from tests.cluster.hosts import GATEWAY, Lab, forwarded, lab, redis_at
 from tests.http.test_zoo import messages
@@ -110,6 +111,7 @@ def deployed() -> Iterator[Deployed]:
             "RAY_AUTH_TOKEN": TOKEN,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+            **dict([PROXY_CALLBACK]),
             # What a chart sets: secrets and what this cluster has.
             "LOOM_REGISTRY__URL": seen.render_as_string(hide_password=False),
             "LOOM_EXPERIMENTS__UNIT_SECRET": UNIT_SECRET,

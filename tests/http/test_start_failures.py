@@ -38,7 +38,7 @@ def test_a_cluster_that_is_not_there(tmp_path: Path):
     address = f"127.0.0.1:{free_port()}"
     code, text = start(tmp_path, {}, "--address", address)
     assert code == 1 and "Traceback" not in text
-    assert f"The Ray cluster at '{address}' cannot be joined" in text
+    assert "cannot be joined" in text and address in text and "--address" in text
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,22 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lora_runtime.engine.protocol import AdapterRef, Engine, GenerateRequest, Prompt, Sampling
+import pytest
+
+from lora_runtime.engine.protocol import (
+    AdapterRef,
+    ClassifyRequest,
+    Engine,
+    GenerateRequest,
+    Prompt,
+    Sampling,
+    TextPrompt,
+    TokenPrompt,
+)
+from lora_runtime.errors import ContextOverflow
+from tests.oracle.world import chat
 
 NUM_TOKENS = 8
 Answer = tuple[list[int], list[float]]
@@ -32,6 +46,42 @@ async def answer(
         tokens += [token.token_id for token in event.tokens]
         logprobs += [token.logprob for token in event.tokens]
     return tokens, logprobs
+
+
+class OnlyShort:
+    """A tokenizer that is given no long text."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def encode(self, text: str, **options: Any) -> Any:
+        assert len(text) < 1_000_000, "a text that cannot fit was tokenized"
+        return self._backend.encode(text, **options)
+
+    def encode_batch_fast(self, texts: Sequence[str], **options: Any) -> Any:
+        assert max(map(len, texts)) < 1_000_000, "a text that cannot fit was tokenized"
+        return self._backend.encode_batch_fast(texts, **options)
+
+
+async def check_long_prompts(engine: Any, head_owner: AdapterRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of 4 to 16 MB are plain refusals, made before they are tokenized, while short ones are answered."""
+    for name in ("_plain", "_with_specials"):
+        monkeypatch.setattr(engine._prompts, name, OnlyShort(getattr(engine._prompts, name)))
+    long = [
+        chat("word " * 800_000),
+        chat("word " * 3_200_000),
+        chat("<|im_end|>" * 400_000),
+        TextPrompt(text="word " * 1_600_000),
+        TokenPrompt(token_ids=(5,) * 1_000_000),
+    ]
+    refused = [answer(engine, prompt) for prompt in long]
+    refused += [engine.classify(ClassifyRequest(request_id="c", prompt=long[0], adapters=(head_owner,)))]
+    for prompt in long:
+        with pytest.raises(ContextOverflow):
+            await engine.check(prompt)
+    *errors, short = await asyncio.gather(*refused, answer(engine, chat("hello")), return_exceptions=True)
+    assert [type(error) for error in errors] == [ContextOverflow] * len(refused), errors
+    assert not isinstance(short, BaseException) and len(short[0]) == NUM_TOKENS
 
 
 async def check_coldness(engine: Engine, prompt: Prompt, refs: Sequence[AdapterRef]) -> None:

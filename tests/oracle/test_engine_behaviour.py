@@ -37,7 +37,7 @@ from lora_runtime.errors import (
     NotFound,
     Overloaded,
 )
-from tests.oracle.asking import check_coldness
+from tests.oracle.asking import check_coldness, check_long_prompts
 from tests.oracle.world import World, chat, picture
 
 HELLO = chat("hello")
@@ -78,6 +78,11 @@ async def test_bad_prompts_are_refused_and_the_engine_goes_on(engine, prompt, er
     with pytest.raises(error):
         await run(engine, request(prompt))
     assert len(await run(engine, request())) == 4
+
+
+async def test_prompts_that_cannot_fit_are_refused_before_they_are_tokenized(engine, world: World, monkeypatch):
+    await check_long_prompts(engine, world.ref("classifier"), monkeypatch)
+    await settled(engine)
 
 
 async def test_bad_adapters_fail_their_own_requests_only(engine, world: World, tmp_path):

@@ -14,7 +14,7 @@ from lora_runtime.checkpoint import fingerprint
 from lora_runtime.engine.protocol import AdapterRef, ClassifyRequest, GenerateRequest, Sampling
 from lora_runtime.errors import AdapterRejected, InvalidCombination, NonFiniteWeights
 from tests.oracle.answers import PROMPTS, oracle_answers, prepare, refs_of
-from tests.oracle.asking import answer, check_coldness, check_mixed_batch, close
+from tests.oracle.asking import answer, check_coldness, check_long_prompts, check_mixed_batch, close
 from tests.oracle.world import LABELS, build_world, chat, greedy, label_probabilities, picture
 from tests.vllm.conftest import running
 
@@ -32,6 +32,10 @@ async def test_one_mixed_batch_equals_peft_row_by_row(engine, world, oracle, see
     refs = refs_of(world, oracle)
     await check_mixed_batch(engine, refs, PROMPTS, oracle, seed=seed, tolerance=TOLERANCE)
     assert engine.stats().counters["slot_evictions"] > 0
+
+
+async def test_prompts_that_cannot_fit_are_refused_before_they_are_tokenized(engine, world, monkeypatch):
+    await check_long_prompts(engine, world.ref("classifier"), monkeypatch)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])

@@ -28,6 +28,7 @@ from lora_runtime.engine.protocol import (
     EngineInfo,
     EngineStats,
     GenerateRequest,
+    Prompt,
     Sampling,
     TokenEvent,
     summed,
@@ -96,6 +97,9 @@ class EmbeddedEngine:
     async def examine(self, path: str) -> AdapterInfo:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._reader.examine, path)
+
+    async def check(self, prompt: Prompt) -> None:
+        await self._prompts.check(prompt, self._runner.max_model_len)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if request.sampling.n > self._config.max_batch_size:
@@ -192,7 +196,9 @@ class EmbeddedEngine:
         refs = [ref for ref in request.adapters if ref.weight != 0]
         self._loop.slots.check_fits(ref.version for ref in refs)
         loop = asyncio.get_running_loop()
-        preparing = loop.run_in_executor(self._executor, self._prompts.prepare, request.prompt)
+        preparing = loop.run_in_executor(
+            self._executor, self._prompts.prepare, request.prompt, self._runner.max_model_len
+        )
         try:
             async with asyncio.timeout(None if deadline is None else max(deadline - time.monotonic(), 0)):
                 reading = asyncio.gather(*(self._host.get(ref) for ref in refs))

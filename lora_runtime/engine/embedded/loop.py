@@ -29,7 +29,7 @@ from lora_runtime.engine.protocol import Classification, FinishReason, TokenEven
 from lora_runtime.engine.routing import Signature
 from lora_runtime.engine.slots import Lease, SlotTable
 from lora_runtime.engine.text import TokenText
-from lora_runtime.errors import DeadlineExceeded, EngineFault, LoomError, Overloaded
+from lora_runtime.errors import DeadlineExceeded, EngineFault, LoomError, Overloaded, TurnTimeout
 from lora_runtime.weights import AdapterWeights, Head, is_finite
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,8 @@ class StepLoop:
     def _expire(self) -> None:
         now = self._clock()
         for job in [job for job in self._live if job.deadline is not None and job.deadline <= now]:
-            self._fail(job, DeadlineExceeded("The request ran out of time.", retry_after_s=1))
+            kind = TurnTimeout if job.lease is None else DeadlineExceeded
+            self._fail(job, kind("The request ran out of time.", retry_after_s=1))
 
     def _admit(self) -> None:
         """First come first served. A job whose slots are all held lets others pass, for a while."""

@@ -29,6 +29,7 @@ from lora_runtime.engine.protocol import (
     EngineInfo,
     EngineStats,
     GenerateRequest,
+    Prompt,
     TokenEvent,
     Usage,
     summed,
@@ -122,6 +123,9 @@ class VllmEngine:
     async def examine(self, path: str) -> AdapterInfo:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._reader.examine, path)
+
+    async def check(self, prompt: Prompt) -> None:
+        await self._prompts.check(prompt, self.info.max_model_len)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if request.sampling.n > self._config.max_batch_size:
@@ -299,7 +303,8 @@ class VllmEngine:
         for ref in refs:
             await self._outline(ref)
         loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._executor, self._prompts.prepare, request.prompt)
+        limit = self.info.max_model_len
+        prepared = await loop.run_in_executor(self._executor, self._prompts.prepare, request.prompt, limit)
         return prepared.scoped(request.cache_scope), {ref.version: self._known[ref.version] for ref in refs}
 
     async def _outline(self, ref: AdapterRef) -> None:

@@ -61,7 +61,7 @@ def test_other_places_are_refused(root: Path, tmp_path: Path, spelled: str):
     for call in (sources.version_in_place, lambda s: fetched(sources, s, tmp_path / "copy")):
         with pytest.raises((InvalidRequest, AdapterMissing)) as refused:
             call(source)
-        assert str(tmp_path) not in refused.value.message
+        assert str(tmp_path / "secret") not in refused.value.message
     assert not any((tmp_path / "copy").iterdir())
 
 
@@ -138,3 +138,22 @@ def test_an_address_that_does_not_answer_is_no_fault_of_the_request(tmp_path: Pa
     gone["config_kwargs"] = {"retries": {"max_attempts": 0}, "connect_timeout": 1}
     with pytest.raises(LoomError, match="object store failed"):
         fetched(Sources([], ["s3://b"], max_bytes=5, options={"s3": gone}), "s3://b/a", tmp_path / "c")
+
+
+def test_a_refusal_names_what_is_allowed_and_no_preloaded_folder(root: Path, tmp_path: Path):
+    sources = Sources([root], ["s3://ours/adapters"], max_bytes=1000, preloaded=[tmp_path / "private"])
+    with pytest.raises(InvalidRequest, match=r"adapters\.roots") as found:
+        sources.folder("/etc")
+    assert str(root) in str(found.value) and "private" not in str(found.value)
+    with pytest.raises(InvalidRequest, match="s3://ours/adapters"):
+        sources.folder("s3://other/a")
+    with pytest.raises(InvalidRequest, match="none is set"):
+        Sources([], max_bytes=1000).folder("/etc")
+    many = Sources([tmp_path / str(number) for number in range(20)], max_bytes=1000)
+    with pytest.raises(InvalidRequest, match="and 12 more"):
+        many.folder("/etc")
+
+
+def test_a_preloaded_folder_may_be_registered(root: Path, tmp_path: Path):
+    sources = Sources([], max_bytes=1000, preloaded=[root / "a"])
+    assert fingerprint(fetched(sources, str(root / "a"), tmp_path / "copy")) == fingerprint(root / "a")

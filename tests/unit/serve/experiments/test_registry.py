@@ -234,6 +234,19 @@ def test_what_was_seen_goes_when_its_experiment_is_long_over(experiments: Experi
     assert kept.arms["a"].requests == 600 and len(trials.pairs(made[1].id, limit=9)) == 1
 
 
+def test_what_was_seen_goes_some_at_a_time(experiments: Experiments, database: Database):
+    """Units too: of them there may be millions, and all who write wait while they are deleted."""
+    trials = Trials(database)
+    one = act(experiments, create(experiments), Action.RUN)
+    units = [
+        Exposure(experiment=one.id, phase=1, unit=f"u{n}", arm="a", request_id=f"r{n}", at=NOW) for n in range(1200)
+    ]
+    trials.add(units)
+    act(experiments, one, Action.ROLL_BACK, Action.ARCHIVE)
+    later = datetime.now(UTC) + timedelta(days=1)
+    assert [trials.forget(later) for _ in range(4)] == [500, 500, 200, 0]
+
+
 METRICS = (
     Metric(name="liked"),
     Metric(name="liked_each", level="request"),
