@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 
-.PHONY: help install install-vllm serve test test-slow test-vllm test-vllm-gpu-release lint bench clean
+.PHONY: help install install-vllm serve test test-slow test-vllm test-vllm-gpu-release lint bench soak clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -58,6 +58,9 @@ lint: $(STAMP)  ## ruff, mypy, import rules
 bench: $(STAMP)  ## comparisons, both sides in one run
 	$(VENV)/bin/python -m tests.benchmarks.linear
 	$(VENV)/bin/python -m tests.benchmarks.mixed_batch $(ARGS)
+
+soak: $(STAMP)  ## ten minutes of everything at once; ARGS="--seconds 60 --database postgresql"
+	$(VENV)/bin/python -m tests.soak.mixed_load $(ARGS)
 
 clean:  ## forget the environment and all state
 	rm -rf $(VENV) $(VLLM) .loom build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ Requests read the snapshot and never the database.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -206,6 +207,7 @@ def registered_of(record: AdapterRecord) -> Registered:
 
 
 def _jsonable(info: AdapterInfo) -> dict[str, object]:
-    fields = asdict(info)
+    """As the registry gives it back: what is registered again unchanged must compare equal, and JSON has no tuples."""
+    fields: dict[str, object] = json.loads(json.dumps(asdict(info)))
     fields.pop("version")
     return fields

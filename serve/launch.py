@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
@@ -31,6 +33,11 @@ from serve.registry.database import Database
 
 OBJECT_STORE_BYTES = 200 << 20
 """Ray's own default takes 30 % of memory; requests here carry a few images at most."""
+
+PORT_WAIT_S, PORT_POLL_S = 10.0, 0.2
+
+PROXY_GRACE_S = 5.0
+"""Ray's proxy cuts off what takes too long, streams without a word; the gateway has this time to answer before."""
 
 REACHABLE_S = 10.0
 _LAST_ERROR = re.compile(r"^\s*(?:\w+\.)*[A-Z]\w+: .+", re.MULTILINE)
@@ -111,7 +118,7 @@ def _start_proxies(settings: Settings) -> None:
     wanted = HTTPOptions(
         host=settings.server.host,
         port=settings.server.port,
-        request_timeout_s=settings.server.request_timeout_s,
+        request_timeout_s=settings.server.request_timeout_s + PROXY_GRACE_S,
         ssl_certfile=_text(settings.server.tls_certificate),
         ssl_keyfile=_text(settings.server.tls_key),
     )
@@ -149,18 +156,28 @@ def _check_registry(settings: Settings) -> None:
 
 
 def _check_port(settings: Settings) -> None:
-    """Beforehand, since Ray's proxies would try again and again. Raises StartFailed."""
+    """Beforehand, since Ray's proxies would try again and again. A port that another process has is waited for: the
+    proxy of a service that was killed has it for some seconds. Raises StartFailed."""
     host, port = settings.server.host, settings.server.port
+    deadline = time.monotonic() + PORT_WAIT_S
+    while (error := _bind_error(host, port)) is not None:
+        if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+            raise StartFailed(
+                f"{host}:{port} cannot be listened on: {error.strerror or error}. Choose another address with --host "
+                "and --port, or stop the process that uses it."
+            ) from error
+        time.sleep(PORT_POLL_S)
+
+
+def _bind_error(host: str, port: int) -> OSError | None:
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
     except OSError as error:
-        raise StartFailed(
-            f"{host}:{port} cannot be listened on: {error.strerror or error}. Choose another address with --host and "
-            "--port, or stop the process that uses it."
-        ) from error
+        return error
+    return None
 
 
 @contextmanager

@@ -52,9 +52,8 @@ def served(
 
     ``address``: the Ray cluster to deploy to, a new local one if None. ``verify``: whom to trust where it speaks TLS.
     """
-    port = free_port()
     settings = {"state_dir": str(folder / "state"), **settings}
-    settings["server"] = {"port": port, **settings.get("server", {})}
+    settings["server"] = {"port": free_port(), **settings.get("server", {})}
     config, log = folder / "loom.yaml", folder / "serve.log"
     config.write_text(yaml.safe_dump(settings))
     with open(log, "wb") as output:
@@ -67,7 +66,7 @@ def served(
             start_new_session=True,
         )
     scheme = "https" if "tls_key" in settings["server"] else "http"
-    running = Served(f"{scheme}://127.0.0.1:{port}", process, log)
+    running = Served(f"{scheme}://127.0.0.1:{settings['server']['port']}", process, log)
     try:
         _wait_until_ready(running, verify)
         yield running

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
+
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -69,7 +71,8 @@ def router(services: Services) -> APIRouter:
         openapi_extra=UPLOAD_FORM,
     )
     async def upload(name: str, request: Request, identity: Who) -> Response:
-        async with uploaded(request) as form:
+        async with AsyncExitStack() as stack:
+            form = await stack.enter_async_context(uploaded(request))
 
             async def register() -> Response:
                 async with kept(services.store, form) as receipt:
@@ -78,7 +81,7 @@ def router(services: Services) -> APIRouter:
                 return JSONResponse(_adapter(record).model_dump(mode="json"), 201 if is_new else 200)
 
             content = await form.digest() if has_key(request) else b""
-            return await once(services.replies, request, content, register)
+            return await once(services.replies, request, content, register, keeps=stack)
 
     routes.include_router(uploads)
 

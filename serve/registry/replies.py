@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 
 from lora_runtime.errors import Conflict, InvalidRequest
 from serve.registry.database import Database
@@ -13,9 +13,10 @@ from serve.registry.repository import aware
 from serve.registry.tables import IdempotencyRow
 
 KEPT_FOR = timedelta(hours=24)
-GIVEN_UP_AFTER = timedelta(minutes=15)
-"""A request that has not ended by then died with its gateway; a repeated one takes its place. So does one for a request
-that began so far in the future: the clock was set back since."""
+RENEWED_EVERY = timedelta(seconds=10)
+GIVEN_UP_AFTER = timedelta(minutes=1)
+"""A request that was not renewed for so long died with its gateway; a repeated one takes its place. So does one for a
+request that was renewed so far in the future: the clock was set back since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,12 @@ class Replies:
                 IdempotencyRow(owner=owner, key=key, request=request, begun_at=now, content_type="", body=b"")
             )
             return None
+
+    def renew(self, owner: str, key: str) -> None:
+        """The request still runs. To be called every :data:`RENEWED_EVERY` until it has ended."""
+        running = (IdempotencyRow.owner == owner, IdempotencyRow.key == key, IdempotencyRow.status.is_(None))
+        with self._database.alone() as session:
+            session.execute(update(IdempotencyRow).where(*running).values(begun_at=datetime.now(UTC)))
 
     def finish(self, owner: str, key: str, reply: Reply) -> None:
         """Keep what was answered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -47,6 +48,23 @@ def test_only_one_of_many_carries_it_out(url: str):
     with ThreadPoolExecutor(8) as pool:
         outcomes = list(pool.map(begin, range(24)))
     assert outcomes.count("alone") == 1 and outcomes.count("waiting") == 23
+
+
+def test_what_is_renewed_still_runs_and_what_is_not_died_with_its_gateway(url: str, monkeypatch: pytest.MonkeyPatch):
+    kept = Replies(Database(url))
+    assert kept.begin("me", "k", "r") is None
+    kept.finish("me", "k", DONE)
+    kept.renew("me", "k")
+    assert kept.begin("me", "k", "r") == DONE, "what has ended is not made to run again"
+    assert kept.begin("me", "long", "r") is None
+    monkeypatch.setattr(replies, "GIVEN_UP_AFTER", timedelta(seconds=2))
+    for _ in range(3):
+        time.sleep(1)
+        kept.renew("me", "long")
+        with pytest.raises(Conflict, match="still runs"):
+            kept.begin("me", "long", "r")
+    time.sleep(2.1)
+    assert kept.begin("me", "long", "r") is None
 
 
 def test_what_died_is_taken_over_and_what_is_old_is_forgotten(url: str, monkeypatch: pytest.MonkeyPatch):
