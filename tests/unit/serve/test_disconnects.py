@@ -222,7 +222,7 @@ async def test_a_client_that_leaves_is_counted_once_and_is_no_error(
     engine = FakeEngine(FakeConfig(token_s=moment.token_s))
     engines = Engines(engine)
 
-    async def fetch_for_ever(_: ImageFetcher, urls: Sequence[str]) -> dict[str, bytes]:
+    async def fetch_for_ever(_: ImageFetcher, urls: Sequence[str], caller: str) -> dict[str, bytes]:
         if urls:
             engines.is_fetching.set()
             await asyncio.Event().wait()
