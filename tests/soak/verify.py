@@ -10,12 +10,19 @@ from typing import Any
 import sqlalchemy as sa
 
 from lora_runtime.zoo.paths import ADAPTERS
+from tests.metrics import Scrape
 from tests.soak.client import Client
 from tests.soak.experimenting import ALIAS, ARMS, EXPERIMENT, PLAIN, Users
 from tests.soak.world import Question
 from tests.soak.writing import SHOWN
 
 IDLE_S = 30.0
+TAKEN: dict[str, dict[str, str]] = {
+    "vllm:num_requests_running": {},
+    "vllm:num_requests_waiting": {},
+    "loom_engine_slots": {"state": "held"},
+}
+"""Samples of what requests take at an engine."""
 MERGED, MERGED_CONTENT = "soak-merged", "shape:1+french:1"
 RECIPE = {"name": MERGED, "method": "cat", "inputs": [{"adapter": "shape"}, {"adapter": "french"}]}
 MERGE_S = 240.0
@@ -52,10 +59,10 @@ async def _is_idle(client: Client) -> None:
     deadline = time.monotonic() + IDLE_S
     while True:
         response = await client.send("verify", "GET", "/metrics")
-        wanted = {f'loom_engine{{value="{name}"}}': name for name in ("running", "waiting", "held_slots")}
-        values = dict(line.rsplit(" ", 1) for line in (response.text if response else "").splitlines() if line)
-        busy = {name: float(values[key]) for key, name in wanted.items() if float(values.get(key, "nan")) != 0}
-        if not busy:
+        found = Scrape(response.text if response else "")
+        taken = {name: found.total(name, **labels) for name, labels in TAKEN.items()}
+        busy = {name: value for name, value in taken.items() if value}
+        if not busy and all(found.named(name) for name in TAKEN):
             return
         if time.monotonic() > deadline:
             client.tally.find("lost", "verify", f"places that were not returned after {IDLE_S:g} s: {busy}")
