@@ -152,7 +152,7 @@ def _check_registry(settings: Settings) -> None:
     try:
         Database(settings.registry_url).close()
     except LoomError as error:
-        raise StartFailed(error.message) from error
+        raise StartFailed(f"The registry {settings.registry_name} cannot be used: {error.message}") from error
 
 
 def _check_port(settings: Settings) -> None:

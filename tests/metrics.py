@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 Series = tuple[str, tuple[tuple[str, str], ...]]
 """A sample's name and labels."""
 WAIT_S = 30.0
+RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
 
 
 class Scrape:

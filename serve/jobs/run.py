@@ -276,7 +276,9 @@ class MergeRun:
         return Call(step=step, unit=unit, memory_bytes=memory_bytes), record
 
     def _move(self, state: MergeState, message: str) -> None:
-        self._merges.move(self._job, state, message, plan=self._plan.model_dump(mode="json"))
+        """Raises Cancelled, so that a cancellation that was acknowledged is seen before the result is published."""
+        if not self._merges.move(self._job, state, message, plan=self._plan.model_dump(mode="json")):
+            raise Cancelled
 
     def _tick(self) -> None:
         """Keep the lease, and hear whether to stop. Raises Stopped, Cancelled, LeaseLost."""

@@ -194,10 +194,11 @@ class Merges:
             return _checkpoint(row)
 
     def cancel(self, identifier: str, *, actor: str) -> MergeJob:
-        """Ask whoever works on the job to stop; nothing happens to one that has ended. Raises NotFound."""
+        """Ask whoever works on the job to stop. Nothing happens to one that has ended, or whose result is being
+        published. Raises NotFound."""
         with self._database.alone() as session:
             row = _row(session, identifier)
-            if row.state not in ENDED and not row.is_cancelled:
+            if row.state not in (*ENDED, MergeState.PUBLISHING) and not row.is_cancelled:
                 row.is_cancelled = True
                 note(session, actor, "merge.cancel", row.id, name=row.name)
             session.flush()
@@ -230,13 +231,17 @@ class Merges:
         with self._held(job) as (_, row):
             row.leased_until = None
 
-    def move(self, job: MergeJob, state: MergeState, message: str, *, plan: Mapping[str, Any] | None = None) -> None:
-        """To a state under way; ``plan``: another one from now on. Raises LeaseLost."""
+    def move(self, job: MergeJob, state: MergeState, message: str, *, plan: Mapping[str, Any] | None = None) -> bool:
+        """To a state under way; ``plan``: another one from now on. False, and nothing is changed, where the job was
+        cancelled. Raises LeaseLost."""
         with self._held(job) as (session, row):
+            if row.is_cancelled:
+                return False
             row.state = state
             if plan is not None:
                 row.plan = dict(plan)
             _say(session, row, message)
+            return True
 
     def say(self, job: MergeJob, message: str, *, level: str = "info") -> None:
         """Add a line to the log. Raises LeaseLost."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.metrics import RUNNING, WAITING, eventually
 from tests.served import Served, served
 
 PLACES = 40
@@ -127,22 +126,10 @@ def test_every_place_comes_back_when_streams_are_dropped_at_once(tmp_path: Path)
     body = json.dumps({"model": "base", "prompt": "a b", "max_tokens": 10_000, "stream": True}).encode()
     with served(tmp_path, settings) as running:
         with connections(running, NUM_STREAMS, head("/v1/completions", len(body)) + body):
-            until(running, lambda engine: engine["running"] == NUM_STREAMS)
-        until(running, lambda engine: engine["running"] == 0 and engine["waiting"] == 0)
+            eventually(running.url, lambda found: found.total(RUNNING) == NUM_STREAMS)
+        eventually(running.url, lambda found: found.total(RUNNING) == found.total(WAITING) == 0)
         answer = httpx.post(
             f"{running.url}/v1/completions", json={"model": "base", "prompt": "a", "max_tokens": 1}, timeout=30
         )
         assert answer.status_code == 200
-        assert engine_of(running)["cancelled"] == NUM_STREAMS
-
-
-def engine_of(running: Served) -> dict[str, float]:
-    text = httpx.get(f"{running.url}/metrics", timeout=30).text
-    return {name: float(value) for name, value in re.findall(r'^loom_engine\{value="(\w+)"\} (\S+)$', text, re.M)}
-
-
-def until(running: Served, holds: Callable[[dict[str, float]], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds(engine := engine_of(running)):
-        assert time.monotonic() < deadline, engine
-        time.sleep(0.3)
+        eventually(running.url, lambda found: found.total("loom_requests_total", status="499") == NUM_STREAMS)

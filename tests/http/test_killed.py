@@ -18,6 +18,7 @@ import pytest
 
 from tests.cluster.clusters import wait_until
 from tests.fakes import write_fake_adapter
+from tests.metrics import RUNNING, WAITING, eventually
 from tests.served import Served, free_port, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -159,14 +160,14 @@ def test_three_hundred_streams_dropped_at_once_leave_nothing(service: Served):
             streams = [asyncio.create_task(read(begun)) for begun in has_begun]
             async with asyncio.timeout(50):  # before the deadline ends them
                 await asyncio.gather(*(begun.wait() for begun in has_begun))
-            assert await asyncio.to_thread(metric, service, "loom_engine", value="running") == STREAMS
+            await asyncio.to_thread(eventually, service.url, lambda found: found.total(RUNNING) == STREAMS)
             for stream in streams:
                 stream.cancel()
             await asyncio.gather(*streams, return_exceptions=True)
 
     asyncio.run(drop_all())
-    wait_until(lambda: metric(service, "loom_engine", value="running") == 0, 30)
-    assert metric(service, "loom_engine", value="waiting") == 0
+    wait_until(lambda: metric(service, RUNNING) == 0, 30)
+    wait_until(lambda: metric(service, WAITING) == 0, 30)
     wait_until(lambda: metric(service, "loom_requests_total", status=LEFT) == left + STREAMS, 30)
     assert answers(service, "french")
 
@@ -182,9 +183,9 @@ def test_clients_that_never_read_hold_their_places_until_the_deadline_at_most(se
         unread.connect((address.host, address.port))
         unread.sendall(head.encode() + b"\r\n\r\n" + body)
         sockets.append(unread)
-    wait_until(lambda: metric(service, "loom_engine", value="running") == UNREAD, 30)
+    wait_until(lambda: metric(service, RUNNING) == UNREAD, 30)
     assert answers(service, "french")  # others are served meanwhile
-    wait_until(lambda: metric(service, "loom_engine", value="running") == 0, 90)
+    wait_until(lambda: metric(service, RUNNING) == 0, 90)
     wait_until(lambda: metric(service, "loom_requests_total", target="base") == ended + UNREAD, 120)
     for unread in sockets:
         unread.close()

@@ -39,7 +39,7 @@ def test_files_that_are_gone_are_the_services_fault_and_trouble_nobody_else(demo
         refused = demo.post("/v1/chat/completions", json={"model": model, "messages": messages(example)})
         error = refused.json()["error"]
         assert (refused.status_code, error["code"], error["type"]) == (500, "version_damaged", "server_error"), error
-        assert "'lost'" in error["message"] and "upload the same adapter again" in error["message"]
+        assert "'lost@" in error["message"] and "upload the same adapter again" in error["message"]
     assert is_right(demo, "french", "french", example)
     assert demo.get("/readyz").status_code == 200
     assert demo.get("/v1/adapters/lost").json()["version"] == version

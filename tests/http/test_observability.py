@@ -167,7 +167,7 @@ def node_metrics(running: Served) -> Scrape:
     for process in running.family():
         with suppress(psutil.Error):  # it has just ended
             listening = [c.laddr for c in process.net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN]
-            for address in {f"{laddr.ip.replace('::', '127.0.0.1')}:{laddr.port}" for laddr in listening}:
+            for address in {f"127.0.0.1:{laddr.port}" for laddr in listening}:
                 with suppress(httpx.HTTPError):  # most of them speak gRPC
                     text = httpx.get(f"http://{address}/metrics", timeout=2).text
                     if "ray_loom_requests_total" in text:

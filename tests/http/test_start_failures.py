@@ -15,6 +15,8 @@ import yaml
 
 from tests.served import free_port
 
+NOWHERE = ("postgresql+psycopg://nobody", "127.0.0.1:1/none")
+
 
 def start(folder: Path, settings: Mapping[str, Any], *options: str) -> tuple[int, str]:
     """Its exit status, and what it printed."""
@@ -45,14 +47,13 @@ def test_a_cluster_that_is_not_there(tmp_path: Path):
     ("settings", "words"),
     [
         ({"engine": {"kind": "fake", "options": {"no_such_option": 1}}}, ["no_such_option"]),
-        ({"registry": {"url": "postgresql+psycopg://nobody:sesame@127.0.0.1:1/none"}}, ["registry"]),
+        ({"registry": {"url": f"{NOWHERE[0]}:sesame@{NOWHERE[1]}"}}, [f"The registry {NOWHERE[0]}:***@{NOWHERE[1]}"]),
     ],
 )
 def test_an_application_that_cannot_start(tmp_path: Path, settings: dict[str, Any], words: list[str]):
     code, text = start(tmp_path, {"server": {"port": free_port()}, **settings})
     assert code == 1 and "Traceback" not in text and "sesame" not in text
     assert all(word in text for word in words), text
-    assert "logs" in text
 
 
 def test_ray_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
