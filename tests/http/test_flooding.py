@@ -15,6 +15,8 @@ import pytest
 from tests.metrics import RUNNING, WAITING, eventually
 from tests.served import Served, served
 
+pytestmark = pytest.mark.slow
+
 PLACES = 40
 BODY_TIMEOUT_S = 3
 NUM_STREAMS = 300

@@ -209,6 +209,7 @@ class Watch:
 NUM_REQUESTS = 120
 
 
+@pytest.mark.slow
 def test_counts_are_true_with_several_gateways_and_engines(pair: Served):
     def one(number: int) -> None:
         body = {"model": ("base", "one")[number % 2], "prompt": "a b c", "max_tokens": 3, "stream": number % 3 == 0}
@@ -260,6 +261,7 @@ def leave(url: str, request_id: str, body: dict[str, Any], *, sends: float, read
             time.sleep(random.random() / 20)
 
 
+@pytest.mark.slow
 def test_clients_that_leave_are_no_errors(pair: Served):
     """At every moment, by the hundred. One that leaves before a gateway has heard of it leaves no line at all."""
     text = [{"role": "user", "content": "a b c"}]
@@ -292,6 +294,7 @@ def test_clients_that_leave_are_no_errors(pair: Served):
     assert {f"left-midway-{number}" for number in range(75)} <= left.keys()
 
 
+@pytest.mark.slow
 def test_counts_outlive_the_replica_that_counted(pair: Served):
     """A gateway is killed: what it had exported stays, and what its successor counts comes on top."""
     before = scrape(pair.url).total("loom_requests_total", route="completions", status="200")

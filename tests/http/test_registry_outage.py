@@ -17,6 +17,8 @@ from tests.served import Served, served
 from tests.unit.serve.conftest import new_database
 from tests.unit.serve.proxies import Proxy, proxy
 
+pytestmark = pytest.mark.slow
+
 MAX_AGE_S = 4.0
 BODY = {"model": "base", "prompt": "hello", "max_tokens": 1}
 

@@ -43,6 +43,7 @@ def test_a_cluster_that_is_not_there(tmp_path: Path):
     assert "cannot be joined" in text and address in text and "--address" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -56,6 +57,7 @@ def test_an_application_that_cannot_start(tmp_path: Path, settings: dict[str, An
     assert all(word in text for word in words), text
 
 
+@pytest.mark.slow
 def test_ray_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its folder for sessions cannot be made."""
     blocked = tmp_path / "file"
