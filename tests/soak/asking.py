@@ -137,5 +137,6 @@ async def watches(client: Client, random: Random) -> None:
     while client.goes_on:
         await client.send("watch", "GET", random.choice(paths))
         if random.random() < 0.1:
-            await client.send("watch", "POST", "/v1/store/collect")
+            # 409 where another client's collection is under way.
+            await client.send("watch", "POST", "/v1/store/collect", due=(200, 409))
         await asyncio.sleep(random.uniform(0.3, 1.0))
