@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_runtime.engine.matrix import Matrix, can_prepack
+from lora_runtime.engine.matrix import Matrix, can_prepack, padded
+
+MAX_ROWS = 2048
 
 
 @settings(max_examples=60, deadline=None)
@@ -51,3 +54,34 @@ def test_the_weight_may_change_after_packing():
     if can_prepack(weight):
         weight.zero_()
         assert matrix(torch.ones(1, 4)).tolist() == [[4.0] * 4]
+
+
+class PackedProducts(TorchDispatchMode):
+    """Notes the number of rows of each product with a prepacked weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.rows.append(args[0].shape[:-1].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def test_memory_does_not_grow_with_each_new_number_of_rows():
+    """oneDNN keeps a compiled kernel for each number of rows that it has seen, so it may see only a few."""
+    weight = torch.ones(2, 3)
+    if not can_prepack(weight):
+        pytest.skip("this processor does not multiply with prepacked weights")
+    matrix = Matrix(weight, prepack=True)
+    with torch.inference_mode(), PackedProducts() as products:
+        for rows in range(1, MAX_ROWS + 1):
+            assert matrix(torch.ones(rows, 3)).shape == (rows, 2)
+    assert len(products.rows) == MAX_ROWS
+    assert len(set(products.rows)) <= 40
+
+
+def test_padding_is_a_quarter_at_most_and_none_for_decoding():
+    assert [padded(rows) for rows in range(9)] == list(range(9))
+    assert all(rows <= padded(rows) <= rows * 1.25 for rows in range(1, MAX_ROWS + 1))
