@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 import socket
@@ -18,14 +17,12 @@ import pytest
 
 from tests.cluster.clusters import wait_until
 from tests.fakes import write_fake_adapter
-from tests.metrics import RUNNING, WAITING, eventually
+from tests.metrics import RUNNING
 from tests.served import Served, free_port, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-STREAMS = 300
 UNREAD = 8
-LEFT = "499"
 
 
 def settings_of(folder: Path, **more: Any) -> dict[str, Any]:
@@ -140,36 +137,6 @@ def test_a_registration_whose_intake_is_killed_happens_as_a_whole_or_not_at_all(
     write_fake_adapter(folder, name="cut")  # the rest of this test needs no large one
     wait_until(lambda: httpx.post(f"{service.url}/v1/adapters", json=body, headers=key, timeout=60).is_success, 60)
     assert answers(service, "cut")
-
-
-def test_three_hundred_streams_dropped_at_once_leave_nothing(service: Served):
-    left = metric(service, "loom_requests_total", status=LEFT)
-    body = {"model": "french", "prompt": "a b c", "max_tokens": 5000, "stream": True}
-
-    async def drop_all() -> None:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=service.url, timeout=120, limits=limits) as client:
-            has_begun = [asyncio.Event() for _ in range(STREAMS)]
-
-            async def read(begun: asyncio.Event) -> None:
-                async with client.stream("POST", "/v1/completions", json=body) as response:
-                    response.raise_for_status()
-                    async for _ in response.aiter_lines():
-                        begun.set()
-
-            streams = [asyncio.create_task(read(begun)) for begun in has_begun]
-            async with asyncio.timeout(50):  # before the deadline ends them
-                await asyncio.gather(*(begun.wait() for begun in has_begun))
-            await asyncio.to_thread(eventually, service.url, lambda found: found.total(RUNNING) == STREAMS)
-            for stream in streams:
-                stream.cancel()
-            await asyncio.gather(*streams, return_exceptions=True)
-
-    asyncio.run(drop_all())
-    wait_until(lambda: metric(service, RUNNING) == 0, 30)
-    wait_until(lambda: metric(service, WAITING) == 0, 30)
-    wait_until(lambda: metric(service, "loom_requests_total", status=LEFT) == left + STREAMS, 30)
-    assert answers(service, "french")
 
 
 def test_clients_that_never_read_hold_their_places_until_the_deadline_at_most(service: Served):
