@@ -22,7 +22,7 @@ STALL_TIMEOUT_S = 60.0
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's protocol, which closes connections whose head is too large or too slow, or that nobody reads from."""
+    """uvicorn's protocol. Closes connections whose head is too large or too slow, or whose client does not read."""
 
     _in_head = False
     _head_bytes = 0

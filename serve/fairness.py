@@ -158,7 +158,7 @@ class FairQueue:
         self._count_waiting(caller, adapter, 1)
 
     def _last_of_longest(self, newcomer: _Waiter) -> _Waiter | None:
-        """Whose place the newcomer takes; None where nobody has more waiting than it would have."""
+        """The waiter that the newcomer replaces; None where no queue is longer than its own would be."""
         own = self._callers.get(newcomer.caller, _Caller(0))
         longest = max(self._callers.values(), key=_waiting, default=own)
         if longest.num_waiting > own.num_waiting + 1:

@@ -1,6 +1,6 @@
 """How large the frames inside an AVIF file are, from its AV1 sequence headers, without decoding any.
 
-The size that an AVIF file states beside its pictures binds nobody: a decoder allocates and decodes what the AV1 stream
+The size that an AVIF file states beside its pictures is not binding: a decoder decodes what the AV1 stream
 inside says, and scales that down afterwards. A file of 4 KB can hold 256 million pixels and say that it is 64x64.
 
 Follows ISO/IEC 14496-12 and 23008-12 (boxes) and the AV1 bitstream specification, 5.3 to 5.5. Raises ValueError,

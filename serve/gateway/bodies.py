@@ -69,7 +69,7 @@ class BodyMiddleware:
         return False
 
     async def _whole(self, arriving: Arriving, hold: Callable[[int], None]) -> bytes | None:
-        """The body, of whose every part ``hold`` is told; None where the client left."""
+        """The body; ``hold`` is called with the size of each part. None where the client left."""
         chunks: list[bytes] = []
         with self._counted(arriving):
             while True:
