@@ -118,7 +118,7 @@ def test_a_bad_adapter_leaves_the_slot_clear_and_the_budget_as_it_was(manager):
     with pytest.raises(MemoryExceeded, match="the budget is") as refused:
         while manager.fill(1, "", "saved2") != "done":
             pass
-    assert refused.value.facts["used"] == [[0, manager._bytes[0]]] and refused.value.facts["wanted"] > 0
+    assert refused.value.facts["used"] == [[0, "saved1", manager._bytes[0]]] and refused.value.facts["wanted"] > 0
     assert filled(manager, 1) == [] and list(manager._bytes) == [0]
     manager.clear(0)
     assert manager.fill(1, "", "saved2") == "filling"

@@ -175,10 +175,14 @@ class SlotManager:
                 f"The adapter's saved modules take {wanted / 1e6:.1f} MB, and those of the other resident adapters "
                 f"{used / 1e6:.1f} MB; the budget is {self._budget / 1e6:.1f} MB.",
                 wanted=wanted,
-                used=[[slot, taken] for slot, taken in self._bytes.items()],
+                used=[[slot, self._version(slot), taken] for slot, taken in self._bytes.items()],
                 budget=self._budget,
             )
         return wanted
+
+    def _version(self, slot: int) -> str:
+        """What is in ``slot``, or being filled into it."""
+        return self._filling[slot].version if slot in self._filling else self._versions[slot]
 
     def clear(self, slot: int) -> None:
         """Empty ``slot``."""

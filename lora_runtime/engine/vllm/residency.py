@@ -31,8 +31,9 @@ MAX_REFUSALS = 8
 """Of one adapter for want of memory: others may take what was made free for it."""
 
 Fill = Callable[[int, AdapterRef], Awaitable[None]]
-"""Puts an adapter into a slot. Raises a LoomError, and then the slot is empty; MemoryExceeded where what is in the
-other slots leaves no room. May be cancelled, for another to follow in that slot."""
+"""Puts an adapter into a slot, and first of all takes out what is there: a call that is made later finds that gone.
+Raises a LoomError, and then the slot is empty; MemoryExceeded where what is in the other slots leaves no room, with
+slot, version and size of each as ``used``. May be cancelled, for another to follow in that slot."""
 
 Clear = Callable[[int], Awaitable[None]]
 """Empties a slot."""
@@ -68,6 +69,8 @@ class Residency:
         self._filling: dict[str, asyncio.Task[None]] = {}
         self._broken: set[str] = set()
         self._clearing: dict[int, asyncio.Task[None]] = {}
+        self._leftover: set[int] = set()
+        """Slots that were given to another version, whose fill has not been called yet."""
         self._changed = asyncio.Event()
         """Set, and replaced by another, whenever something may leave that could not before."""
 
@@ -184,7 +187,9 @@ class Residency:
         self._filling[move.version] = task
         self._broken.discard(move.version)
         self.counters["slot_loads"] += 1
-        self.counters["slot_evictions"] += move.evicted is not None
+        if move.evicted is not None:
+            self._leftover.add(move.slot)
+            self.counters["slot_evictions"] += 1
         task.add_done_callback(lambda done: self._filled(move.version, done))
 
     async def _filled_after(
@@ -198,6 +203,8 @@ class Residency:
             await asyncio.wait([self._clearing[slot]])
         deadline: float | None = None
         for _ in range(MAX_REFUSALS):
+            self._leftover.discard(slot)
+            self._wake()
             try:
                 await self._fill(slot, ref)
                 return
@@ -234,8 +241,8 @@ class Residency:
                 wanted=wanted,
                 budget=budget,
             )
-        used = dict(refusal.facts["used"])
-        sizes = {other: used[slot] for other in self.table.resident if (slot := self.table.slot(other)) in used}
+        used = refusal.facts["used"]
+        sizes = {other: size for slot, other, size in used if self.table.slot(other) == slot}
         staying = sum(size for other, size in sizes.items() if other in beside or self.table.is_pinned(other))
         if wanted + staying > budget:
             reason = InvalidCombination(
@@ -244,14 +251,17 @@ class Residency:
                 **refusal.facts,
             )
             raise _TooMuchTogether(version, beside, reason)
-        while (leaving := self._leaving(sizes, budget - wanted)) is None:
-            try:
-                async with asyncio.timeout_at(deadline):
+        gone = {slot for slot, other, _ in used if other not in sizes}
+        try:
+            async with asyncio.timeout_at(deadline):
+                while gone & (self._leftover | self._clearing.keys()):
                     await self._changed.wait()
-            except TimeoutError:
-                raise Overloaded(
-                    f"{refusal.message} They are in use; try again shortly, or raise saved_bytes.", retry_after_s=1
-                ) from refusal
+                while (leaving := self._leaving(sizes, budget - wanted)) is None:
+                    await self._changed.wait()
+        except TimeoutError:
+            raise Overloaded(
+                f"{refusal.message} They are in use; try again shortly, or raise saved_bytes.", retry_after_s=1
+            ) from refusal
         await self._evict(leaving)
 
     def _leaving(self, sizes: Mapping[str, int], limit: int) -> list[str] | None:
@@ -281,5 +291,6 @@ class Residency:
 
     def _cleared(self, slot: int, task: asyncio.Task[None]) -> None:
         del self._clearing[slot]
+        self._wake()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("slot %d could not be emptied: %s", slot, error)

@@ -29,11 +29,15 @@ class Slots:
 
     def __init__(self, delay_s: float = 0.0, budget: int = 0, sizes: Mapping[str, int] | None = None) -> None:
         self.content: dict[int, str] = {}
-        self.used: dict[int, int] = {}
+        self.used: dict[int, tuple[str, int]] = {}
         self.num_fills = 0
         self._delay_s = delay_s
         self._budget = budget
         self._sizes = sizes or {}
+
+    @property
+    def num_used(self) -> int:
+        return sum(size for _, size in self.used.values())
 
     async def fill(self, slot: int, adapter: AdapterRef) -> None:
         self.num_fills += 1
@@ -44,10 +48,10 @@ class Slots:
         if adapter.version.startswith("bad"):
             raise AdapterRejected("it does not fit")
         wanted = self._sizes.get(adapter.version, 0)
-        if wanted + sum(self.used.values()) > self._budget:
-            used = [[slot, size] for slot, size in self.used.items()]
+        if wanted + self.num_used > self._budget:
+            used = [[slot, version, size] for slot, (version, size) in self.used.items()]
             raise MemoryExceeded("It is full.", wanted=wanted, used=used, budget=self._budget)
-        self.used[slot] = wanted
+        self.used[slot] = adapter.version, wanted
         await asyncio.sleep(random.random() * self._delay_s / 4)
         self.content[slot] = adapter.version
 
@@ -73,7 +77,7 @@ async def test_what_is_held_is_in_its_slot(seed, monkeypatch):
             async with asyncio.timeout(chosen.choice([0.001, 0.01, 5.0])):
                 async with residency.held(wanted) as held:
                     for _ in range(3):
-                        assert sum(slots.used.values()) <= 7
+                        assert slots.num_used <= 7
                         assert {version: slots.content[slot] for version, slot in held.items()} == {
                             v: v for v in wanted
                         }
@@ -204,6 +208,34 @@ async def test_what_is_asked_for_together_must_fit_together():
     residency.unpin("a")
     async with residency.held(refs("b")):
         assert "a" not in residency.table.resident
+
+
+class AtOnce(Slots):
+    """A fill whose file was read before: it is refused by the first call, before any other fill is called."""
+
+    async def fill(self, slot: int, adapter: AdapterRef) -> None:
+        self.num_fills += 1
+        self.used.pop(slot, None)
+        wanted = self._sizes[adapter.version]
+        if wanted + self.num_used > self._budget:
+            used = [[slot, version, size] for slot, (version, size) in self.used.items()]
+            raise MemoryExceeded("It is full.", wanted=wanted, used=used, budget=self._budget)
+        self.used[slot] = adapter.version, wanted
+        self.content[slot] = adapter.version
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+async def test_what_another_left_in_a_slot_is_not_counted_as_the_next_ones(order):
+    """The slot of "b" still holds "old" when "a" is refused: together "a" and "b" fit."""
+    slots = AtOnce(budget=10, sizes={"old": 6, "older": 4, "a": 5, "b": 4})
+    residency = Residency(2, slots.fill, slots.clear)
+    for version in ("old", "older") if order == "ab" else ("older", "old"):
+        async with residency.held(refs(version)):
+            pass
+    async with asyncio.timeout(1):
+        async with residency.held(refs("a", "b")) as held:
+            assert {version: slots.content[slot] for version, slot in held.items()} == {"a": "a", "b": "b"}
+    assert slots.num_used == 9
 
 
 async def test_memory_in_use_is_waited_for_and_not_for_ever(monkeypatch):
