@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Literal
 
 from serve.experiments.definition import FIRST_TOKEN, MEASURED, TOKEN_TIME, Guardrail, Plan
+from serve.experiments.moments import Moments
 from serve.experiments.records import Experiment
 from serve.experiments.statistics import (
     SRM_ALPHA,
@@ -42,7 +43,7 @@ class ArmEvidence:
     fallbacks: int = 0
     cold_requests: int = 0
     cold_ln_first_s: float | None = None
-    metrics: Mapping[str, Sums] = field(default_factory=dict)
+    metrics: Mapping[str, Sums | Moments] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +177,7 @@ def results_of(experiment: Experiment, evidence: Evidence, as_of: datetime, *, l
                 fallbacks=found[arm.name].fallbacks,
                 cold_requests=found[arm.name].cold_requests,
                 cold_ttft_s=_exp(found[arm.name].cold_ln_first_s),
-                means={name: _shown(name, found[arm.name].metrics.get(name, Sums()).mean) for name in names},
+                means={name: _shown(name, _sums_of(found[arm.name], name).mean) for name in names},
             )
             for arm in answering
         ],
@@ -199,7 +200,7 @@ def _comparisons(
     sequential, fixed = Sequential(analysis.units), Fixed()
     effects: dict[str, Effect] = {}
     for arm in treatments:
-        pair = arms[arm].metrics.get(metric, Sums()), arms[control].metrics.get(metric, Sums())
+        pair = _sums_of(arms[arm], metric), _sums_of(arms[control], metric)
         effect = effect_of(*pair)
         if effect is not None and min(sums.n for sums in pair) >= analysis.min_units:
             effects[arm] = effect
@@ -242,7 +243,7 @@ def _guarded(
 ) -> GuardrailResult:
     """One-sided, always valid whatever the analysis is, at α over the number of arms."""
     metric = guardrail.metric
-    pair = arms[arm].metrics.get(metric, Sums()), arms[control].metrics.get(metric, Sums())
+    pair = _sums_of(arms[arm], metric), _sums_of(arms[control], metric)
     effect = effect_of(*pair)
     harm = at_least = None
     if effect is not None and min(sums.n for sums in pair) >= GUARD_MIN_UNITS:
@@ -295,6 +296,15 @@ def _note(
             rails = sorted({rail.metric for rail in guardrails if rail.is_breached and rail.arm == compared.arm})
             return f"'{compared.arm}' is better in {plan.decision_metric}, and breaches {', '.join(rails)}."
     return "Not decided yet."
+
+
+def _sums_of(arm: ArmEvidence, metric: str) -> Sums:
+    found = arm.metrics.get(metric, Sums())
+    if isinstance(found, Sums):
+        return found
+    c, e2, ex, xx = found.centre, found.power(2, 0), found.power(1, 1), found.power(0, 2)
+    yy, xy = e2 + 2 * c * ex + c * c * xx, ex + c * xx
+    return Sums(n=found.n, y=found.y, x=found.x, yy=yy, xy=xy, xx=xx, is_binary=found.is_binary)
 
 
 def _relative(metric: str, value: float) -> float:

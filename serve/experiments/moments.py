@@ -73,17 +73,6 @@ class Moments:
         sums = tuple(math.fsum(term) for term in terms(centre, ys, xs).tolist())
         return cls(n=int(xs.size), centre=centre, sums=sums, is_binary=is_binary)
 
-    def replaced(self, old_y: Floats, old_x: Floats, new_y: Floats, new_x: Floats) -> Moments:
-        """After some units' values have changed: arrays of shape (units,), x = 0 where a unit was not there before or
-        is not any more. Each call rounds each sum once, by 2⁻⁵³ of it."""
-        before, after = terms(self.centre, old_y, old_x), terms(self.centre, new_y, new_x)
-        sums = tuple(
-            math.fsum((was, *new, *old))
-            for was, old, new in zip(self.sums, (-before).tolist(), after.tolist(), strict=True)
-        )
-        n = self.n - before.shape[1] + after.shape[1]
-        return Moments(n=n, centre=self.centre, sums=sums, is_binary=self.is_binary)
-
     def __add__(self, other: Moments) -> Moments:
         """Of both together. Their centres must be equal: see :meth:`recentred`."""
         if not other.n:

@@ -24,10 +24,10 @@ from serve.experiments.assignment import (
 )
 from serve.experiments.blame import BROKEN, UNFIT, Blame, blame_of
 from serve.experiments.definition import NAME_PATTERN
+from serve.experiments.effects import FAULT
 from serve.experiments.events import Exposure, Outcome, Trial
 from serve.experiments.recorder import Recorder
 from serve.identity import Identity, Scope
-from serve.registry.evidence import FAULT
 from serve.schemas.common import TargetedBody
 from serve.targets import Target
 

@@ -3,6 +3,7 @@
 RegistryUnavailable            the database cannot be used now; a retry may succeed
 ├── RegistryBusy               another writer held the lock, or the database did not answer in time
 ├── RegistryNotWritable        its disk is full, or it is read-only
+├── RegistryCounting           an experiment's requests are being counted anew
 └── RegistryOutcomeUnknown     the connection was lost during a commit
 RegistryStale                  this process has not been able to refresh its copy for too long
 RegistryTooNew                 a newer release of Loom has migrated the database
@@ -31,6 +32,10 @@ class RegistryBusy(RegistryUnavailable):
 
 class RegistryNotWritable(RegistryUnavailable):
     """The database takes no writes: its disk is full, or it is read-only. Reads still work."""
+
+
+class RegistryCounting(RegistryUnavailable):
+    """Sums of an experiment's phase are being made anew from all of its rows, and cannot be read until then."""
 
 
 class RegistryOutcomeUnknown(RegistryUnavailable):

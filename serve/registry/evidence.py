@@ -1,29 +1,23 @@
-"""What was seen of one phase, added up in the database: sums over units, by arm."""
+"""What was seen of one phase, as the analysis takes it, and the looks at it that are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
 
-from serve.experiments.analysis import ArmEvidence, Evidence
-from serve.experiments.assignment import Kind
-from serve.experiments.definition import ERROR_RATE, FIRST_TOKEN, TOKEN_TIME, Metric, Plan
-from serve.experiments.statistics import Sums
+from serve.experiments.analysis import Evidence
+from serve.experiments.definition import Plan
+from serve.registry.aggregates import Aggregates
 from serve.registry.database import Database
-from serve.registry.experiment_tables import ExposureRow, FeedbackRow, LookRow, OutcomeRow, TrialRow
+from serve.registry.experiment_tables import LookRow
+from serve.registry.recount import Recount
 from serve.registry.repository import aware
 
-FAULT = 500
-"""Statuses from here on are the service's fault; those below are the caller's, or load that all arms share."""
 KEPT_LOOKS = 400
-LIMIT_S = 60.0
-"""Adding up all requests of an experiment takes longer than other reads may."""
-COLD = "cold"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,44 +26,24 @@ class Look:
     results: Mapping[str, Any]
 
 
-@dataclass(slots=True)
-class _Arm:
-    units: int = 0
-    requests: int = 0
-    fallbacks: int = 0
-    cold_requests: int = 0
-    cold_ln_first_s: float | None = None
-    metrics: dict[str, Sums] = field(default_factory=dict)
-
-
 class EvidenceReader:
-    """Reads; the looks that it keeps are results, for the pictures of how they came."""
+    """Reads, and adds up what came since it read last; the looks that it keeps are results, for the pictures of how
+    they came."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._aggregates = Aggregates(database)
+        self._recount = Recount(database)
 
     def of(self, experiment: str, phase: int, plan: Plan) -> Evidence:
-        """Everything that the analysis of a phase needs."""
-        with self._database.reading(LIMIT_S) as session:
-            arms = _exposed(session, experiment, phase)
-            excluded = _requests(session, experiment, phase, arms)
-            _outcomes(session, experiment, phase, arms)
-            _feedback(session, experiment, phase, plan, arms)
-            return Evidence(
-                arms={
-                    name: ArmEvidence(
-                        units=arm.units,
-                        requests=arm.requests,
-                        fallbacks=arm.fallbacks,
-                        cold_requests=arm.cold_requests,
-                        cold_ln_first_s=arm.cold_ln_first_s,
-                        metrics=arm.metrics,
-                    )
-                    for name, arm in arms.items()
-                },
-                excluded=excluded,
-                switched_units=_switched(session, experiment, phase),
-            )
+        """Everything that the analysis of a phase needs, of all that was written before. Raises RegistryCounting."""
+        return self._aggregates.totals(experiment, phase).evidence(plan)
+
+    def keep_up(self) -> None:
+        """Count the phases of an earlier release, and add up what waits of any. Takes long where there is much."""
+        for experiment, phase in self._aggregates.stale():
+            self._recount.rebuild(experiment, phase)
+        self._aggregates.keep_up()
 
     def keep(self, experiment: str, phase: int, at: datetime, results: Mapping[str, Any]) -> None:
         """Remember results as they were; every second of the oldest goes when there are many."""
@@ -98,159 +72,3 @@ class EvidenceReader:
         wanted = sa.select(LookRow).where(LookRow.experiment == experiment, LookRow.phase == phase)
         with self._database.reading() as session:
             return [Look(aware(row.at), dict(row.results)) for row in session.scalars(wanted.order_by(LookRow.at))]
-
-
-def _exposed(session: Session, experiment: str, phase: int) -> dict[str, _Arm]:
-    wanted = (
-        sa.select(ExposureRow.arm, sa.func.count())
-        .where(ExposureRow.experiment == experiment, ExposureRow.phase == phase)
-        .group_by(ExposureRow.arm)
-    )
-    return {arm: _Arm(units=count) for arm, count in session.execute(wanted)}
-
-
-def _requests(session: Session, experiment: str, phase: int, arms: dict[str, _Arm]) -> dict[str, int]:
-    """Fills in how many requests each arm had; returns how many others there were, by kind."""
-    excluded: dict[str, int] = {}
-    wanted = (
-        sa.select(TrialRow.arm, TrialRow.assignment, TrialRow.counts, sa.func.count())
-        .where(TrialRow.experiment == experiment, TrialRow.phase == phase)
-        .group_by(TrialRow.arm, TrialRow.assignment, TrialRow.counts)
-    )
-    for arm, assignment, counts, number in session.execute(wanted):
-        if counts and assignment == Kind.HASH:
-            arms.setdefault(str(arm), _Arm()).requests += number
-            continue
-        if counts and assignment == Kind.FALLBACK:
-            arms.setdefault(str(arm), _Arm()).fallbacks += number
-        kind = assignment if assignment != Kind.HASH else "after_decision"
-        excluded[kind] = excluded.get(kind, 0) + number
-    return excluded
-
-
-def _outcomes(session: Session, experiment: str, phase: int, arms: dict[str, _Arm]) -> None:
-    """Faults of all that an arm should have answered; times of what it did answer, warm, and apart of what it answered
-    cold. One pass, since requests are what there is most of."""
-    is_answer = sa.and_(OutcomeRow.status < 400, TrialRow.assignment == Kind.HASH)
-    is_warm, is_cold = (sa.and_(is_answer, OutcomeRow.is_cold.is_(cold)) for cold in (False, True))
-    is_fault = sa.or_(OutcomeRow.status >= FAULT, TrialRow.assignment == Kind.FALLBACK)
-    counted = {
-        ERROR_RATE: (sa.case((is_fault, 1.0), else_=0.0), sa.literal(1.0)),
-        FIRST_TOKEN: _timed(OutcomeRow.ln_first_s, is_warm),
-        TOKEN_TIME: _timed(OutcomeRow.ln_token_s, is_warm),
-        COLD: _timed(OutcomeRow.ln_first_s, is_cold),
-    }
-    columns = [
-        sa.func.sum(part).label(f"{axis}_{name}")
-        for name, both in counted.items()
-        for axis, part in zip("yx", both, strict=True)
-    ]
-    units = (
-        sa.select(TrialRow.arm, TrialRow.unit, *columns)
-        .join(OutcomeRow, OutcomeRow.request_id == TrialRow.request_id)
-        .where(*_counting(experiment, phase))
-        .group_by(TrialRow.arm, TrialRow.unit)
-        .subquery()
-    )
-    sums = [part for name in counted for part in _added_up(units.c[f"y_{name}"], units.c[f"x_{name}"])]
-    for arm, *row in session.execute(sa.select(units.c.arm, *sums).group_by(units.c.arm)):
-        found = arms.setdefault(arm, _Arm())
-        for place, name in enumerate(counted):
-            part = _sums(row[6 * place : 6 * place + 6], is_binary=name == ERROR_RATE)
-            if name == COLD:
-                found.cold_requests, found.cold_ln_first_s = round(part.x), part.mean
-            else:
-                found.metrics[name] = part
-
-
-def _feedback(session: Session, experiment: str, phase: int, plan: Plan, arms: dict[str, _Arm]) -> None:
-    counting = (*_counting(experiment, phase), TrialRow.assignment == Kind.HASH)
-    given = (
-        sa.select(
-            TrialRow.arm,
-            TrialRow.unit,
-            FeedbackRow.metric,
-            sa.func.sum(FeedbackRow.value).label("total"),
-            sa.func.max(FeedbackRow.value).label("most"),
-            sa.func.count().label("given"),
-        )
-        .join(FeedbackRow, FeedbackRow.request_id == TrialRow.request_id)
-        .where(*counting)
-        .group_by(TrialRow.arm, TrialRow.unit, FeedbackRow.metric)
-        .subquery()
-    )
-    ways = {
-        "feedback": (given.c.total, given.c.given),
-        "any": (given.c.most, sa.literal(1.0)),
-        "sum": (given.c.total, sa.literal(1.0)),
-    }
-    sums = [part for both in ways.values() for part in _added_up(*both)]
-    grouped = sa.select(given.c.arm, given.c.metric, *sums).group_by(given.c.arm, given.c.metric)
-    rows = {(arm, name): row for arm, name, *row in session.execute(grouped)}
-    for metric in plan.metrics:
-        if metric.level == "request":
-            found = _each_request(session, counting, metric)
-        else:
-            way = "feedback" if metric.level == "feedback" else "any" if metric.kind == "bool" else "sum"
-            place = 6 * list(ways).index(way)
-            found = {arm: row[place : place + 6] for (arm, name), row in rows.items() if name == metric.name}
-        is_binary = metric.kind == "bool"
-        for name, arm in arms.items():
-            sums_of = _sums(found[name], is_binary=is_binary) if name in found else Sums(is_binary=is_binary)
-            if metric.level == "unit":
-                # Units without feedback count, as 0.
-                sums_of = replace(sums_of, n=arm.units, x=float(arm.units), xx=float(arm.units))
-            arm.metrics[metric.name] = sums_of
-
-
-def _each_request(session: Session, counting: tuple[Any, ...], metric: Metric) -> dict[str, list[Any]]:
-    """Sums by arm where every request counts, as 0 without feedback. Joined row by row, by key: to join what was added
-    up, a database that has not looked at its tables lately may compare everything with everything."""
-    reported = sa.and_(FeedbackRow.request_id == TrialRow.request_id, FeedbackRow.metric == metric.name)
-    units = (
-        sa.select(
-            TrialRow.arm,
-            TrialRow.unit,
-            sa.func.coalesce(sa.func.sum(FeedbackRow.value), 0.0).label("total"),
-            sa.func.count(sa.distinct(TrialRow.request_id)).label("asked"),
-        )
-        .join(FeedbackRow, reported, isouter=True)
-        .where(*counting)
-        .group_by(TrialRow.arm, TrialRow.unit)
-        .subquery()
-    )
-    wanted = sa.select(units.c.arm, *_added_up(units.c.total, units.c.asked)).group_by(units.c.arm)
-    return {arm: row for arm, *row in session.execute(wanted)}
-
-
-def _switched(session: Session, experiment: str, phase: int) -> int:
-    """Units that were seen in more than one arm."""
-    several = (
-        sa.select(TrialRow.unit)
-        .where(*_counting(experiment, phase))
-        .group_by(TrialRow.unit)
-        .having(sa.func.count(sa.distinct(TrialRow.arm)) > 1)
-        .subquery()
-    )
-    return session.scalar(sa.select(sa.func.count()).select_from(several)) or 0
-
-
-def _counting(experiment: str, phase: int) -> tuple[Any, ...]:
-    """What is evidence; all of it has a unit."""
-    return TrialRow.experiment == experiment, TrialRow.phase == phase, TrialRow.counts.is_(True)
-
-
-def _timed(value: Any, condition: Any) -> tuple[Any, Any]:
-    there = sa.and_(condition, value.is_not(None))
-    return sa.case((there, value), else_=0.0), sa.case((there, 1.0), else_=0.0)
-
-
-def _added_up(y: Any, x: Any) -> list[Any]:
-    """n, Σy, Σx, Σy², Σxy, Σx² over units that have any x; y is 0 where x is."""
-    there = sa.func.sum(sa.case((x > 0, 1), else_=0))
-    return [there, *(sa.func.sum(part) for part in (y, x, y * y, x * y, x * x))]
-
-
-def _sums(row: list[Any], *, is_binary: bool) -> Sums:
-    n, y, x, yy, xy, xx = row
-    return Sums(n=int(n), y=float(y), x=float(x), yy=float(yy), xy=float(xy), xx=float(xx), is_binary=is_binary)

@@ -150,6 +150,66 @@ class FeedbackRow(Table):
     at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
 
 
+class EffectRow(Table):
+    """What a batch of events, or one report, does to its phase's sums: written with them, and taken away when it is
+    added up. ``size``: about how much work that is."""
+
+    __tablename__ = "effects"
+    __table_args__ = (Index("ix_effects_experiment_phase", "experiment", "phase", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    experiment: Mapped[str] = mapped_column(String(ID_LENGTH))
+    phase: Mapped[int] = mapped_column(Integer)
+    size: Mapped[int] = mapped_column(Integer)
+    effects: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class EarlyOutcomeRow(Table):
+    """An outcome that was written before its request, and is added up when that is known."""
+
+    __tablename__ = "early_outcomes"
+
+    request_id: Mapped[str] = mapped_column(String(REQUEST_LENGTH), primary_key=True)
+    at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+
+class PhaseSumsRow(Table):
+    """What a phase adds up to beside its metrics; its row lock is held by whoever adds up. ``state``: ``ready``,
+    ``stale`` (to be counted anew from all rows) or ``forgotten`` (those rows are gone, the sums stay)."""
+
+    __tablename__ = "phase_sums"
+
+    experiment: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    phase: Mapped[int] = mapped_column(Integer, primary_key=True)
+    state: Mapped[str] = mapped_column(String(16))
+    counts: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class ArmSumsRow(Table):
+    """Power sums over the ``n`` units of an arm that have a quantity, as whole numbers."""
+
+    __tablename__ = "arm_sums"
+
+    experiment: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    phase: Mapped[int] = mapped_column(Integer, primary_key=True)
+    arm: Mapped[str] = mapped_column(String(ARM_LENGTH), primary_key=True)
+    quantity: Mapped[str] = mapped_column(String(ARM_LENGTH), primary_key=True)
+    n: Mapped[int] = mapped_column(BigInteger)
+    sums: Mapped[list[int]] = mapped_column(JSON)
+
+
+class UnitSumsRow(Table):
+    """A unit's own sums in an arm, by quantity."""
+
+    __tablename__ = "unit_sums"
+
+    experiment: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    phase: Mapped[int] = mapped_column(Integer, primary_key=True)
+    unit: Mapped[str] = mapped_column(String(32), primary_key=True)
+    arm: Mapped[str] = mapped_column(String(ARM_LENGTH), primary_key=True)
+    sums: Mapped[dict[str, list[int]]] = mapped_column(JSON)
+
+
 class LookRow(Table):
     """Results as they were at a time."""
 

@@ -13,6 +13,8 @@ from serve.registry.errors import RegistryNotWritable, translated
 
 COLLECTING = 0x4C6F6F6E
 """Held by the process that collects garbage. PostgreSQL knows its advisory locks by number."""
+RECOUNTING = 0x4C6F6F70
+"""Held by the process that counts an experiment's rows anew."""
 
 
 class Sole:

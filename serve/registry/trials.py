@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from lora_runtime.errors import Conflict, InvalidRequest, NotFound
 from serve.experiments.assignment import Kind
 from serve.experiments.definition import Metric, Plan
+from serve.experiments.effects import Effects, way_of
 from serve.experiments.events import Event, Exposure, Outcome, Pair, Trial
 from serve.experiments.records import State
+from serve.registry.aggregates import FORGOTTEN, Phase, ended_of, in_chunks, note_early, note_effects
 from serve.registry.database import Database
 from serve.registry.experiment_tables import (
+    EffectRow,
     ExperimentRow,
     ExposureRow,
     FeedbackRow,
     OutcomeRow,
     PairRow,
+    PhaseSumsRow,
     TrialRow,
+    UnitSumsRow,
 )
+from serve.registry.inserting import insert_into
 from serve.registry.repository import aware
 from serve.registry.tables import Table
 
-TABLES: Mapping[type[Event], type[Table]] = {
-    Exposure: ExposureRow,
-    Trial: TrialRow,
-    Outcome: OutcomeRow,
-    Pair: PairRow,
-}
+Seen = ExposureRow | PairRow | UnitSumsRow | EffectRow
 FORGOTTEN_AT_ONCE = 500
 MAX_VALUE = 1e9
 """Of feedback; sums of squares of more would not be exact enough."""
@@ -60,10 +60,21 @@ class Trials:
         rows: dict[type[Event], list[dict[str, Any]]] = defaultdict(list)
         for event in events:
             rows[type(event)].append(_values(event))
+        effects: dict[Phase, Effects] = defaultdict(Effects)
         with self._database.adding() as session:
-            for kind, table in TABLES.items():
-                if rows[kind]:
-                    session.execute(_insert(session, table).on_conflict_do_nothing(), rows[kind])
+            for exposure in _added(session, ExposureRow, rows[Exposure]):
+                effects[exposure.experiment, exposure.phase].exposure(exposure.arm)
+            trials = {trial.request_id: trial for trial in _added(session, TrialRow, rows[Trial])}
+            for trial in trials.values():
+                effects[trial.experiment, trial.phase].trial(trial)
+            outcomes = {outcome.request_id: outcome for outcome in _added(session, OutcomeRow, rows[Outcome])}
+            trials |= _trials(session, outcomes.keys() - trials.keys())
+            for trial in (trials[request_id] for request_id in outcomes.keys() & trials.keys()):
+                ended = ended_of(outcomes[trial.request_id])
+                effects[trial.experiment, trial.phase].outcome(trial, ended)
+            note_early(session, sorted(outcomes.keys() - trials.keys()))
+            _added(session, PairRow, rows[Pair])
+            note_effects(session, effects)
 
     def feedback(
         self,
@@ -103,9 +114,8 @@ class Trials:
                     param="request_id",
                 )
             row = {"request_id": request_id, "metric": metric, "key": key, "value": number, "at": now}
-            added = session.execute(
-                _insert(session, FeedbackRow).on_conflict_do_nothing().returning(FeedbackRow.id), [row]
-            ).first()
+            insert = insert_into(session, FeedbackRow).on_conflict_do_nothing()
+            added = session.execute(insert.returning(FeedbackRow.id), [row]).first()
             if added is None and _known(session, request_id, metric, key) != number:
                 raise Conflict(
                     "This idempotency key stood for another value of the metric; choose a new one for each report."
@@ -113,6 +123,10 @@ class Trials:
                     else "The metric was reported for this request before; a further report needs an idempotency_key.",
                     param="idempotency_key",
                 )
+            if added is not None and (declared := plan.metric(metric)) is not None:
+                effects = Effects()
+                effects.feedback(trial, metric, way_of(declared), number)
+                note_effects(session, {(trial.experiment, trial.phase): effects})
             counts = trial.counts and trial.assignment == Kind.HASH
             return Noted(experiment=trial.experiment, counts=counts, is_repeated=added is None)
 
@@ -120,7 +134,7 @@ class Trials:
         """Take away what was seen of experiments that were archived before then, some of it at a time.
 
         Returns how many requests that were, or other rows if more; 0 where nothing is left to take. Looks stay, with
-        the last results. Each call is short: on SQLite, all who write wait for it.
+        the last results, and so do the sums of arms. Each call is short: on SQLite, all who write wait for it.
         """
         with self._database.adding() as session:
             archived = sa.select(ExperimentRow.id).where(
@@ -130,7 +144,13 @@ class Trials:
             ids = list(session.scalars(some))
             for table in (FeedbackRow, OutcomeRow, TrialRow):
                 session.execute(sa.delete(table).where(table.request_id.in_(ids)))
-            return max(len(ids), *(_delete_some(session, seen, archived) for seen in (ExposureRow, PairRow)))
+            others = (ExposureRow, PairRow, UnitSumsRow, EffectRow)
+            found = max(len(ids), *(_delete_some(session, table, archived) for table in others))
+            if found:
+                sums = sa.update(PhaseSumsRow).values(state=FORGOTTEN)
+                is_ours = PhaseSumsRow.experiment.in_(archived), PhaseSumsRow.state != FORGOTTEN
+                session.execute(sums.where(*is_ours))
+            return found
 
     def pairs(self, experiment: str, *, limit: int, before: int | None = None) -> list[tuple[int, Pair]]:
         """Both answers of shadowed requests, newest first, each with its id to page on by."""
@@ -141,7 +161,28 @@ class Trials:
             return [(row.id, _pair(row)) for row in session.scalars(wanted)]
 
 
-def _delete_some(session: Session, table: type[ExposureRow] | type[PairRow], experiments: Any) -> int:
+def _added(session: Session, table: type[Table], rows: list[dict[str, Any]]) -> Sequence[Any]:
+    """Add those of ``rows`` that are not there yet, and return them."""
+    if not rows:
+        return ()
+    # In one order everywhere, so that two gateways which write the same rows wait for each other one way only.
+    keys = [column.name for column in table.__table__.primary_key if column.name in rows[0]]
+    rows = sorted(rows, key=lambda row: [row[name] for name in keys])
+    insert = insert_into(session, table).on_conflict_do_nothing()
+    return session.execute(insert.returning(*table.__table__.columns), rows).all()
+
+
+def _trials(session: Session, request_ids: Iterable[str]) -> dict[str, Any]:
+    """Those that are known, by request."""
+    wanted = sa.select(*TrialRow.__table__.columns)
+    return {
+        trial.request_id: trial
+        for some in in_chunks(sorted(request_ids))
+        for trial in session.execute(wanted.where(TrialRow.request_id.in_(some)))
+    }
+
+
+def _delete_some(session: Session, table: type[Seen], experiments: Any) -> int:
     """Delete up to ``FORGOTTEN_AT_ONCE`` rows of ``experiments``; returns how many."""
     keys = list(table.__table__.primary_key)
     some = sa.select(*keys).where(table.experiment.in_(experiments)).limit(FORGOTTEN_AT_ONCE)
@@ -166,12 +207,6 @@ def _values(event: Event) -> dict[str, Any]:
 def _storable(value: Any) -> Any:
     """PostgreSQL's text holds no NUL."""
     return value.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(value, str) and "\0" in value else value
-
-
-def _insert(session: Session, table: type[Table]) -> Any:
-    """An insert that can leave out what is there; each database spells it in its own way."""
-    is_sqlite = session.get_bind().dialect.name == "sqlite"
-    return sqlite.insert(table) if is_sqlite else postgresql.insert(table)
 
 
 def _reported(

@@ -9,17 +9,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from lora_runtime.errors import Conflict, InvalidRequest, NotFound
 from serve.experiments.assignment import Kind
 from serve.experiments.definition import Allocation, Arm, Metric, Plan
 from serve.experiments.events import Exposure, Outcome, Pair, Trial
+from serve.experiments.moments import Moments
 from serve.experiments.phases import Action, amended
 from serve.experiments.records import Experiment, State
-from serve.experiments.statistics import Sums
 from serve.registry.database import Database
 from serve.registry.evidence import KEPT_LOOKS, EvidenceReader
+from serve.registry.experiment_tables import EffectRow, ExposureRow, TrialRow, UnitSumsRow
 from serve.registry.experiments import Experiments
 from serve.registry.repository import Repository
 from serve.registry.trials import Trials
@@ -215,6 +218,15 @@ def test_looks_are_thinned_and_keep_their_ends(database: Database):
     assert reader.lowest_p("e", 1) == 0.5 and reader.lowest_p("e", 2) == 1.0
 
 
+def rows_of(database: Database, experiment: str) -> int:
+    """How many rows there are of what was seen of single requests and units, or waits to be added up."""
+    with database.reading() as session:
+        return sum(
+            session.scalar(sa.select(sa.func.count()).where(table.experiment == experiment)) or 0
+            for table in (TrialRow, ExposureRow, UnitSumsRow, EffectRow)
+        )
+
+
 def test_what_was_seen_goes_when_its_experiment_is_long_over(experiments: Experiments, database: Database):
     trials, reader = Trials(database), EvidenceReader(database)
     made = [act(experiments, create(experiments, name, alias=name), Action.RUN) for name in ("over", "live")]
@@ -225,12 +237,14 @@ def test_what_was_seen_goes_when_its_experiment_is_long_over(experiments: Experi
         trials.add([Pair(experiment=one.id, phase=1, request_id="r", served="a", shadow="b", prompt=None, answer="",
                          shadow_answer="", at=NOW)])  # fmt: skip
     reader.keep(made[0].id, 1, NOW, {"shares": {"p_value": 0.5}})
+    assert reader.of(made[0].id, 1, made[0].plan).arms["a"].requests == 600
     act(experiments, made[0], Action.ROLL_BACK, Action.ARCHIVE)
     assert trials.forget(NOW - timedelta(days=1)) == 0
     later = datetime.now(UTC) + timedelta(days=1)
     assert [trials.forget(later) for _ in range(3)] == [500, 100, 0]
     gone, kept = (reader.of(one.id, 1, one.plan) for one in made)
-    assert not gone.arms and trials.pairs(made[0].id, limit=9) == [] and reader.looks(made[0].id, 1)
+    assert not rows_of(database, made[0].id) and trials.pairs(made[0].id, limit=9) == []
+    assert gone.arms["a"].requests == 600 and reader.looks(made[0].id, 1), "sums and results stay"
     assert kept.arms["a"].requests == 600 and len(trials.pairs(made[1].id, limit=9)) == 1
 
 
@@ -257,20 +271,11 @@ METRICS = (
 )
 
 
-def sums(pairs: list[tuple[float, float]]) -> Sums:
-    return Sums(
-        n=len(pairs),
-        y=sum(y for y, _ in pairs),
-        x=sum(x for _, x in pairs),
-        yy=sum(y * y for y, _ in pairs),
-        xy=sum(x * y for y, x in pairs),
-        xx=sum(x * x for _, x in pairs),
-    )
-
-
-def assert_equal_sums(found: Sums, wanted: Sums) -> None:
-    for name in ("n", "y", "x", "yy", "xy", "xx"):
-        assert getattr(found, name) == pytest.approx(getattr(wanted, name), abs=1e-9), name
+def assert_equal_sums(found: Moments, pairs: list[tuple[float, float]]) -> None:
+    y, x = (np.array(values) for values in zip(*pairs, strict=True))
+    wanted = Moments.of(y, x, centre=found.centre)
+    assert found.n == wanted.n and (found.x, found.y) == pytest.approx((wanted.x, wanted.y), abs=1e-9)
+    assert found.sums == pytest.approx(wanted.sums, abs=1e-9)
 
 
 def test_the_database_adds_up_as_python_does(database: Database, experiments: Experiments):
@@ -336,6 +341,6 @@ def test_the_database_adds_up_as_python_does(database: Database, experiments: Ex
         trials.feedback(request, metric, value, key=key, owner="key")
     evidence = EvidenceReader(database).of(made.id, 1, plan)
     for (arm, name), by_unit in wanted.items():
-        assert_equal_sums(evidence.arms[arm].metrics[name], sums(list(by_unit.values())))
+        assert_equal_sums(evidence.arms[arm].metrics[name], list(by_unit.values()))
     assert {arm: found.units for arm, found in evidence.arms.items()} == units
     assert evidence.excluded["request"] == 1 and evidence.switched_units == 0

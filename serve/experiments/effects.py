@@ -1,0 +1,164 @@
+"""What events do to sums: the effects of a batch of them, as they wait to be added up, and a unit's own sums.
+
+A unit's sums in an arm are, by quantity, its y (in units of 2⁻⁸⁰) and its x, and of feedback also the largest value
+that was reported. From them follow the y and x that a metric has of the unit, by the metric's way of measuring.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+from serve.experiments.assignment import Kind
+from serve.experiments.definition import ERROR_RATE, FIRST_TOKEN, TOKEN_TIME, Metric
+from serve.experiments.power_sums import ONE, fixed
+
+FAULT = 500
+"""Statuses from here on are the service's fault; those below are the caller's, or load that all arms share."""
+REQUESTS = "#requests"
+COLD = "#cold"
+"""Quantities beside the metrics: requests of a unit, and log times of answers that waited for an adapter. No metric's
+name begins so."""
+
+Way = Literal["feedback", "request", "any", "sum"]
+"""How a metric takes a unit's feedback: mean of reports, sum over requests, whether any was true, sum."""
+UnitSums = dict[str, list[int]]
+"""By quantity: [Y, x], and of feedback [Y, x, largest Y]."""
+Asked = tuple[str | None, str, bool]
+"""Arm, assignment, and whether it counts: what requests are counted by."""
+
+
+class Asking(Protocol):
+    """A request, as far as its effect depends on it."""
+
+    @property
+    def arm(self) -> str | None: ...
+
+    @property
+    def unit(self) -> str | None: ...
+
+    @property
+    def assignment(self) -> str: ...
+
+    @property
+    def counts(self) -> bool: ...
+
+
+class Ended(NamedTuple):
+    """How a request ended: an outcome's part that is evidence. Times are logarithms of seconds."""
+
+    status: int
+    is_cold: bool
+    ln_first_s: float | None
+    ln_token_s: float | None
+
+
+def way_of(metric: Metric) -> Way:
+    if metric.level != "unit":
+        return metric.level
+    return "any" if metric.kind == "bool" else "sum"
+
+
+@dataclass(slots=True)
+class Effects:
+    """Of events of one phase, each of which is new: units exposed by arm, requests, and what units' sums grow by."""
+
+    exposed: Counter[str] = field(default_factory=Counter)
+    asked: Counter[Asked] = field(default_factory=Counter)
+    units: dict[tuple[str, str], UnitSums] = field(default_factory=lambda: defaultdict(dict))
+    ways: dict[str, Way] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """About how much work it is to add them up."""
+        return len(self.exposed) + len(self.asked) + len(self.units)
+
+    def exposure(self, arm: str) -> None:
+        self.exposed[arm] += 1
+
+    def trial(self, trial: Asking) -> None:
+        self.asked[trial.arm, str(trial.assignment), trial.counts] += 1
+        if (place := _evident(trial)) is not None:
+            grown = self.units[place]
+            if trial.assignment == Kind.HASH:
+                grow(grown, REQUESTS, 0)
+
+    def outcome(self, trial: Asking, ended: Ended) -> None:
+        """Faults of all that an arm should have answered; times of what it did answer, warm, and apart of what it
+        answered cold."""
+        if (place := _evident(trial)) is None:
+            return
+        grown = self.units[place]
+        is_fault = ended.status >= FAULT or trial.assignment == Kind.FALLBACK
+        grow(grown, ERROR_RATE, ONE if is_fault else 0)
+        if ended.status >= 400 or trial.assignment != Kind.HASH:
+            return
+        if ended.ln_first_s is not None:
+            grow(grown, COLD if ended.is_cold else FIRST_TOKEN, fixed(ended.ln_first_s))
+        if ended.ln_token_s is not None and not ended.is_cold:
+            grow(grown, TOKEN_TIME, fixed(ended.ln_token_s))
+
+    def feedback(self, trial: Asking, metric: str, way: Way, value: float) -> None:
+        if trial.assignment == Kind.HASH and (place := _evident(trial)) is not None:
+            self.ways[metric] = way
+            y = fixed(value)
+            grow(self.units[place], metric, y, largest=y)
+
+    def merge(self, other: Effects) -> None:
+        self.exposed.update(other.exposed)
+        self.asked.update(other.asked)
+        self.ways.update(other.ways)
+        for place, grown in other.units.items():
+            merge_sums(self.units[place], grown)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "exposed": dict(self.exposed),
+            "asked": [[*asked, number] for asked, number in self.asked.items()],
+            "units": [[arm, unit, grown] for (arm, unit), grown in self.units.items()],
+            "ways": self.ways,
+        }
+
+    @classmethod
+    def of_json(cls, found: Mapping[str, Any]) -> Effects:
+        effects = cls(
+            exposed=Counter(found["exposed"]),
+            asked=Counter({(arm, kind, counts): number for arm, kind, counts, number in found["asked"]}),
+            ways=dict(found["ways"]),
+        )
+        effects.units.update({(arm, unit): grown for arm, unit, grown in found["units"]})
+        return effects
+
+
+def grow(sums: UnitSums, quantity: str, y: int, *, largest: int | None = None) -> None:
+    """Add one observation."""
+    merge_sums(sums, {quantity: [y, 1] if largest is None else [y, 1, largest]})
+
+
+def merge_sums(sums: UnitSums, grown: UnitSums) -> None:
+    """Add what ``grown`` has to ``sums``."""
+    for quantity, (y, x, *largest) in grown.items():
+        if (before := sums.get(quantity)) is None:
+            sums[quantity] = [y, x, *largest]
+        else:
+            sums[quantity] = [before[0] + y, before[1] + x, *(max(pair) for pair in zip(before[2:], largest))]  # noqa: B905
+
+
+def measures(sums: UnitSums, ways: Mapping[str, Way]) -> Iterator[tuple[str, int, int]]:
+    """The quantity, Y and x of everything that is measured of a unit."""
+    for quantity, (y, x, *largest) in sums.items():
+        way = ways.get(quantity, "feedback")
+        if way == "feedback":
+            yield quantity, y, x
+        elif way == "request":
+            yield quantity, y, sums[REQUESTS][1] if REQUESTS in sums else 0
+        else:
+            yield quantity, largest[0] if way == "any" else y, 1
+
+
+def _evident(trial: Asking) -> tuple[str, str] | None:
+    """Arm and unit of a request that is evidence."""
+    is_evident = trial.counts and trial.arm is not None and trial.unit is not None
+    return (trial.arm, trial.unit) if is_evident else None  # type: ignore[return-value]  # neither is None here
