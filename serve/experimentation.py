@@ -15,12 +15,13 @@ from serve.assigner import Assigner, draw_of
 from serve.catalog import Catalog
 from serve.config import ExperimentSettings
 from serve.engine_client import EngineClient
-from serve.experiments.analysis import Results, results_of
+from serve.experiments.analysis import results_of
 from serve.experiments.definition import Allocation, Arm, Definition, Plan
 from serve.experiments.events import Pair
 from serve.experiments.phases import Action, amended, moved, redefined, stepped
 from serve.experiments.recorder import FLUSH_S, Recorder
 from serve.experiments.records import Experiment, ModelAlias, Phase, State
+from serve.experiments.results import Results
 from serve.follower import Follower
 from serve.identity import Identity, Reachable
 from serve.registry.evidence import EvidenceReader, Look

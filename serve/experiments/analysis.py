@@ -1,138 +1,71 @@
 """What the evidence of a phase says: effects with their intervals, whether the shares are right, guardrails, a winner.
 
 Looked at any number of times the sequential analysis errs in ``alpha`` of experiments at most; the fixed one says
-nothing before its declared number of units. Where shares are not what was planned, no winner is named: what put the
-units there may have made the difference, too.
+nothing before its declared number of units has data. Where shares are not what was planned, no winner is named and no
+arm called better: what put the units there may have made the difference, too.
+
+Errors are counted by family. The decision metric is one, of as many comparisons as there are arms beside control; all
+other metrics together are another, and all guardrails a third. Each comparison has its family's α over their number,
+and its interval and its verdict are the same statement.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
 from serve.experiments.definition import FIRST_TOKEN, MEASURED, TOKEN_TIME, Guardrail, Plan
+from serve.experiments.evidence import ArmEvidence, Evidence
 from serve.experiments.moments import Moments
+from serve.experiments.narration import note_on
 from serve.experiments.records import Experiment
+from serve.experiments.results import (
+    ArmResult,
+    Comparison,
+    GuardrailResult,
+    GuardState,
+    MetricResult,
+    Reporting,
+    Results,
+    Shares,
+    Verdict,
+)
 from serve.experiments.statistics import (
     SRM_ALPHA,
     Effect,
     Fixed,
     Sequential,
-    Sums,
     effect_of,
-    holm,
     mismatch_p_value,
+    unit_variance,
 )
 
 LOGARITHMIC = frozenset({FIRST_TOKEN, TOKEN_TIME})
 GUARD_MIN_UNITS = 20
 
-Verdict = Literal["better", "worse", "undecided", "too_few"]
 
+@dataclass(frozen=True, slots=True)
+class _Pairing:
+    """Everything that comparing arms with control takes."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArmEvidence:
-    """Of one arm: exposed units, requests, and sums over units for each metric. Cold requests had to wait for an
-    adapter to be loaded; their times are in no metric."""
-
-    units: int
-    requests: int
-    fallbacks: int = 0
-    cold_requests: int = 0
-    cold_ln_first_s: float | None = None
-    metrics: Mapping[str, Sums | Moments] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """Of one phase, by arm. ``excluded``: requests that count for nothing, by kind. ``switched_units`` were seen in
-    more than one arm, which should be none."""
-
+    plan: Plan
     arms: Mapping[str, ArmEvidence]
-    excluded: Mapping[str, int] = field(default_factory=dict)
-    switched_units: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArmResult:
-    """``means`` by metric; times are geometric means in seconds. ``planned_share`` of units."""
-
-    arm: str
-    target: str
-    units: int
-    planned_share: float
-    requests: int
-    fallbacks: int
-    cold_requests: int
-    cold_ttft_s: float | None
-    means: dict[str, float | None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """An arm against control: the difference of means, or of times the relative change, with its interval.
-
-    ``p_value`` is always valid where the analysis is sequential, and ``adjusted_p`` Holm's over the arms.
-    """
-
-    metric: str
-    arm: str
-    effect: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p_value: float | None = None
-    adjusted_p: float | None = None
-    units: int = 0
-    verdict: Verdict = "too_few"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shares:
-    """Whether units came to the arms as planned. ``p_value`` is always valid, and the smallest there ever was."""
-
-    p_value: float
-    is_mismatch: bool
-    alpha: float = SRM_ALPHA
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuardrailResult:
-    """``harm``: how much worse than control, in the guardrail's own measure; ``at_least`` so with confidence."""
-
-    metric: str
-    arm: str
-    tolerance: float
-    action: str
-    harm: float | None
-    at_least: float | None
-    is_breached: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Results:
-    """``winner`` is None while nothing is decided, and where shares mismatch or a guardrail is breached for it."""
-
-    experiment: str
-    phase: int
-    state: str
-    as_of: datetime
-    analysis: str
-    alpha: float
-    decision_metric: str
-    units: int
-    needed_units: int | None
     control: str
-    arms: list[ArmResult]
-    comparisons: list[Comparison]
-    shares: Shares
-    guardrails: list[GuardrailResult]
-    excluded: dict[str, int]
-    switched_units: int
-    winner: str | None
-    note: str
+    treatments: list[str]
+
+    def effect(self, metric: str, arm: str, min_units: int) -> Effect | None:
+        """None below ``min_units`` with data in either arm."""
+        treatment, control = self.arms[arm], self.arms[self.control]
+        of_treatment, of_control = _moments(treatment, metric), _moments(control, metric)
+        if min(of_treatment.n, of_control.n) < min_units:
+            return None
+        declared = self.plan.metric(metric)
+        is_per_unit = declared is not None and declared.level == "unit"
+        seen = treatment.requests + control.requests if is_per_unit else of_treatment.x + of_control.x
+        return effect_of(of_treatment, of_control, seen)
 
 
 def results_of(experiment: Experiment, evidence: Evidence, as_of: datetime, *, lowest_p: float = 1.0) -> Results:
@@ -144,112 +77,118 @@ def results_of(experiment: Experiment, evidence: Evidence, as_of: datetime, *, l
     counts = [found[arm.name].units for arm in answering]
     p_value = min(lowest_p, mismatch_p_value(counts, weights)) if len(answering) > 1 else 1.0
     shares = Shares(p_value=p_value, is_mismatch=p_value < SRM_ALPHA)
-    treatments = [arm.name for arm in answering if arm.name != control]
-    names = [plan.decision_metric, *sorted(({m.name for m in plan.metrics} | MEASURED) - {plan.decision_metric})]
-    comparisons = [compared for name in names for compared in _comparisons(plan, name, found, control, treatments)]
-    guardrails = [
-        _guarded(plan, guardrail, arm, found, control, len(treatments))
-        for guardrail in plan.guardrails
-        for arm in treatments
+    pairing = _Pairing(plan, found, control, [arm.name for arm in answering if arm.name != control])
+    others = sorted(({metric.name for metric in plan.metrics} | MEASURED) - {plan.decision_metric})
+    with_data = sum(_moments(arm, plan.decision_metric).n for arm in found.values())
+    is_waiting = plan.analysis.kind == "fixed" and with_data < plan.analysis.units
+    families = [([plan.decision_metric], len(pairing.treatments)), (others, len(others) * len(pairing.treatments))]
+    comparisons = [
+        Comparison(metric=metric, arm=arm, measure=_measure(metric), family=size)
+        if is_waiting
+        else _compared(pairing, metric, arm, size, is_withheld=shares.is_mismatch)
+        for metrics, size in families
+        for metric in metrics
+        for arm in pairing.treatments
     ]
-    units = sum(counts)
-    waiting = plan.analysis.kind == "fixed" and units < plan.analysis.units
-    winner = None if shares.is_mismatch or waiting else _winner(plan, comparisons, guardrails, control)
+    guardrails = [
+        _guarded(pairing, guardrail, arm, len(plan.guardrails) * len(pairing.treatments))
+        for guardrail in plan.guardrails
+        for arm in pairing.treatments
+    ]
+    names = [plan.decision_metric, *others]
+    reporting = [_reporting(metric.name, found) for metric in plan.metrics if metric.level == "feedback"]
+    winner = None if shares.is_mismatch or is_waiting else _winner(plan, comparisons, guardrails, control)
     total = math.fsum(weights)
-    return Results(
+    results = Results(
         experiment=experiment.id,
         phase=experiment.phase.number,
         state=str(experiment.state),
         as_of=as_of,
         analysis=plan.analysis.kind,
+        goal=plan.analysis.goal,
         alpha=plan.analysis.alpha,
         decision_metric=plan.decision_metric,
-        units=units,
+        units=sum(counts),
+        units_with_data=with_data,
         needed_units=plan.analysis.units if plan.analysis.kind == "fixed" else None,
         control=control,
-        arms=[
-            ArmResult(
-                arm=arm.name,
-                target=arm.target,
-                units=found[arm.name].units,
-                planned_share=arm.weight / total,
-                requests=found[arm.name].requests,
-                fallbacks=found[arm.name].fallbacks,
-                cold_requests=found[arm.name].cold_requests,
-                cold_ttft_s=_exp(found[arm.name].cold_ln_first_s),
-                means={name: _shown(name, _sums_of(found[arm.name], name).mean) for name in names},
-            )
-            for arm in answering
-        ],
+        arms=[_arm(arm.name, arm.target, arm.weight / total, found[arm.name], names) for arm in answering],
         comparisons=comparisons,
         shares=shares,
+        reporting=reporting,
         guardrails=guardrails,
         excluded=dict(evidence.excluded),
         switched_units=evidence.switched_units,
         winner=winner,
-        note=_note(plan, units, shares, winner, comparisons, guardrails),
+        note="",
+    )
+    return note_on(results, plan)
+
+
+def _compared(pairing: _Pairing, metric: str, arm: str, family: int, *, is_withheld: bool) -> Comparison:
+    plan = pairing.plan
+    analysis, alpha = plan.analysis, plan.analysis.alpha / family
+    effect = pairing.effect(metric, arm, analysis.min_units)
+    if effect is None:
+        return Comparison(metric=metric, arm=arm, measure=_measure(metric), family=family)
+    sequential = Sequential(analysis.units)
+    method = sequential if analysis.kind == "sequential" else Fixed()
+    width, p_value = method.half_width(effect, alpha), method.p_value(effect, alpha)
+    margin = analysis.margin if metric == plan.decision_metric else None
+    low, high = (effect.value - width, effect.value + width) if effect.se else (None, None)
+    share = None if metric in LOGARITHMIC else effect.relative(width)
+    shrunken = sequential.shrunken(effect, alpha) if analysis.kind == "sequential" else None
+    return Comparison(
+        metric=metric,
+        arm=arm,
+        measure=_measure(metric),
+        effect=_in_measure(metric, effect.value),
+        low=_in_measure(metric, low),
+        high=_in_measure(metric, high),
+        relative=share and share[0],
+        relative_low=share and share[1],
+        relative_high=share and share[2],
+        shrunken=_in_measure(metric, shrunken),
+        p_value=p_value,
+        adjusted_p=min(1.0, family * p_value),
+        confidence=1 - alpha,
+        family=family,
+        units=sum(effect.units),
+        verdict="withheld" if is_withheld else _verdict(metric, low, high, plan.is_better_up(metric), margin),
     )
 
 
-def _comparisons(
-    plan: Plan, metric: str, arms: Mapping[str, ArmEvidence], control: str, treatments: list[str]
-) -> list[Comparison]:
-    """All arms against control in one metric, their intervals at α over their number: together they hold at α."""
-    analysis = plan.analysis
-    level = analysis.alpha / max(1, len(treatments))
-    sequential, fixed = Sequential(analysis.units), Fixed()
-    effects: dict[str, Effect] = {}
-    for arm in treatments:
-        pair = _sums_of(arms[arm], metric), _sums_of(arms[control], metric)
-        effect = effect_of(*pair)
-        if effect is not None and min(sums.n for sums in pair) >= analysis.min_units:
-            effects[arm] = effect
-    if analysis.kind == "fixed" and sum(arm.units for arm in arms.values()) < analysis.units:
-        effects = {}
-    p_values = {
-        arm: sequential.p_value(effect, level) if analysis.kind == "sequential" else fixed.p_value(effect)
-        for arm, effect in effects.items()
-    }
-    adjusted = holm(p_values)
-    compared = []
-    for arm in treatments:
-        if arm not in effects:
-            compared.append(Comparison(metric=metric, arm=arm))
-            continue
-        effect = effects[arm]
-        width = (sequential if analysis.kind == "sequential" else fixed).half_width(effect, level)
-        is_up = plan.is_better_up(metric)
-        verdict: Verdict = "undecided"
-        if adjusted[arm] <= analysis.alpha and effect.value:
-            verdict = "better" if (effect.value > 0) == is_up else "worse"
-        compared.append(
-            Comparison(
-                metric=metric,
-                arm=arm,
-                effect=_relative(metric, effect.value),
-                low=_relative(metric, effect.value - width),
-                high=_relative(metric, effect.value + width),
-                p_value=p_values[arm],
-                adjusted_p=adjusted[arm],
-                units=effect.n,
-                verdict=verdict,
-            )
-        )
-    return compared
+def _verdict(metric: str, low: float | None, high: float | None, is_up: bool, margin: float | None) -> Verdict:
+    """What the interval says; ``margin`` in the measure that the metric is shown in."""
+    if low is None or high is None:
+        return "undecided"
+    if low > 0 or high < 0:
+        return "better" if (low > 0) == is_up else "worse"
+    if margin is None:
+        return "undecided"
+    shown_low, shown_high = _in_measure(metric, low), _in_measure(metric, high)
+    assert shown_low is not None and shown_high is not None
+    if max(-shown_low, shown_high) < margin:
+        return "equivalent"
+    return "not_worse" if (-shown_low if is_up else shown_high) < margin else "undecided"
 
 
-def _guarded(
-    plan: Plan, guardrail: Guardrail, arm: str, arms: Mapping[str, ArmEvidence], control: str, num_arms: int
-) -> GuardrailResult:
-    """One-sided, always valid whatever the analysis is, at α over the number of arms."""
-    metric = guardrail.metric
-    pair = _sums_of(arms[arm], metric), _sums_of(arms[control], metric)
-    effect = effect_of(*pair)
-    harm = at_least = None
-    if effect is not None and min(sums.n for sums in pair) >= GUARD_MIN_UNITS:
+def _guarded(pairing: _Pairing, guardrail: Guardrail, arm: str, family: int) -> GuardrailResult:
+    """One-sided bounds, always valid whatever the analysis is."""
+    plan, metric = pairing.plan, guardrail.metric
+    effect = pairing.effect(metric, arm, GUARD_MIN_UNITS)
+    harm = at_least = at_most = None
+    state: GuardState = "too_few"
+    if effect is not None:
         value = -effect.value if plan.is_better_up(metric) else effect.value
-        width = Sequential(plan.analysis.units).one_sided_width(effect, guardrail.alpha / num_arms)
-        harm, at_least = _relative(metric, value), _relative(metric, value - width)
+        width = Sequential(plan.analysis.units).one_sided_width(effect, guardrail.alpha / family)
+        harm, at_least, at_most = (_in_measure(metric, found) for found in (value, value - width, value + width))
+        assert at_least is not None and at_most is not None
+        state = "uncertain"
+        if at_least > guardrail.tolerance:
+            state = "breached"
+        elif at_most <= guardrail.tolerance and effect.se:
+            state = "kept"
     return GuardrailResult(
         metric=metric,
         arm=arm,
@@ -257,63 +196,79 @@ def _guarded(
         action=guardrail.action,
         harm=harm,
         at_least=at_least,
-        is_breached=at_least is not None and at_least > guardrail.tolerance,
+        at_most=at_most,
+        is_breached=state == "breached",
+        state=state,
+        family=family,
+    )
+
+
+def _reporting(metric: str, arms: Mapping[str, ArmEvidence]) -> Reporting:
+    """Units that reported, against the units that were exposed, as shares against a plan."""
+    exposed = {name: arm for name, arm in arms.items() if arm.units}
+    reported = {name: min(arm.units, _moments(arm, metric).n) for name, arm in exposed.items()}
+    p_value = 1.0
+    if len(exposed) > 1:
+        p_value = mismatch_p_value(list(reported.values()), [arm.units for arm in exposed.values()])
+    return Reporting(
+        metric=metric,
+        rates={name: reported[name] / arm.units for name, arm in exposed.items()},
+        p_value=p_value,
+        is_different=p_value < SRM_ALPHA,
     )
 
 
 def _winner(plan: Plan, comparisons: list[Comparison], guardrails: list[GuardrailResult], control: str) -> str | None:
-    """The best arm that is better than control and breaches nothing; control where every arm is worse."""
+    """The best arm that reaches the goal and breaches nothing; control where every arm is worse."""
     decisive = [compared for compared in comparisons if compared.metric == plan.decision_metric]
     breached = {guarded.arm for guarded in guardrails if guarded.is_breached}
-    better = [c for c in decisive if c.verdict == "better" and c.arm not in breached]
-    if better:
+    goals: dict[str, set[Verdict]] = {
+        "better": {"better"},
+        "not_worse": {"better", "not_worse", "equivalent"},
+        "equivalent": {"equivalent"},
+    }
+    reaching = [c for c in decisive if c.verdict in goals[plan.analysis.goal] and c.arm not in breached]
+    if reaching:
         sign = 1 if plan.is_better_up(plan.decision_metric) else -1
-        return max(better, key=lambda compared: sign * (compared.effect or 0.0)).arm
+        return max(reaching, key=lambda compared: sign * (compared.effect or 0.0)).arm
     return control if decisive and all(c.verdict == "worse" for c in decisive) else None
 
 
-def _note(
-    plan: Plan,
-    units: int,
-    shares: Shares,
-    winner: str | None,
-    comparisons: list[Comparison],
-    guardrails: list[GuardrailResult],
-) -> str:
-    if shares.is_mismatch:
-        return (
-            "Units did not come to the arms in the planned shares. Something beside chance chose who is counted, so no "
-            "winner is named: look for requests that are lost or answered differently in one arm, then open a phase."
+def _arm(name: str, target: str, share: float, found: ArmEvidence, metrics: list[str]) -> ArmResult:
+    shown = {}
+    for metric in metrics:
+        moments = _moments(found, metric)
+        shown[metric] = MetricResult(
+            units=moments.n,
+            observations=moments.x,
+            mean=_exp(moments.mean) if metric in LOGARITHMIC else moments.mean,
+            variance=unit_variance(moments) if moments.n > 1 else None,
         )
-    if plan.analysis.kind == "fixed" and units < plan.analysis.units:
-        return f"{units} of the declared {plan.analysis.units} units were exposed; nothing is said before."
-    if winner is not None:
-        return f"'{winner}' is the best arm in {plan.decision_metric}."
-    if all(c.verdict == "too_few" for c in comparisons if c.metric == plan.decision_metric):
-        return f"Fewer than {plan.analysis.min_units} units of an arm have data in {plan.decision_metric}."
-    for compared in comparisons:
-        if compared.metric == plan.decision_metric and compared.verdict == "better":
-            rails = sorted({rail.metric for rail in guardrails if rail.is_breached and rail.arm == compared.arm})
-            return f"'{compared.arm}' is better in {plan.decision_metric}, and breaches {', '.join(rails)}."
-    return "Not decided yet."
+    return ArmResult(
+        arm=name,
+        target=target,
+        units=found.units,
+        planned_share=share,
+        requests=found.requests,
+        fallbacks=found.fallbacks,
+        cold_requests=found.cold_requests,
+        cold_ttft_s=_exp(found.cold_ln_first_s),
+        means={metric: one.mean for metric, one in shown.items()},
+        metrics=shown,
+    )
 
 
-def _sums_of(arm: ArmEvidence, metric: str) -> Sums:
-    found = arm.metrics.get(metric, Sums())
-    if isinstance(found, Sums):
-        return found
-    c, e2, ex, xx = found.centre, found.power(2, 0), found.power(1, 1), found.power(0, 2)
-    yy, xy = e2 + 2 * c * ex + c * c * xx, ex + c * xx
-    return Sums(n=found.n, y=found.y, x=found.x, yy=yy, xy=xy, xx=xx, is_binary=found.is_binary)
+def _moments(arm: ArmEvidence, metric: str) -> Moments:
+    return arm.metrics.get(metric, Moments())
 
 
-def _relative(metric: str, value: float) -> float:
+def _measure(metric: str) -> Literal["difference", "relative"]:
+    return "relative" if metric in LOGARITHMIC else "difference"
+
+
+def _in_measure(metric: str, value: float | None) -> float | None:
     """Of times, whose effects are differences of logarithms, the relative change."""
-    return math.expm1(min(value, 700.0)) if metric in LOGARITHMIC else value
-
-
-def _shown(metric: str, mean: float | None) -> float | None:
-    return _exp(mean) if metric in LOGARITHMIC else mean
+    return math.expm1(min(value, 700.0)) if value is not None and metric in LOGARITHMIC else value
 
 
 def _exp(value: float | None) -> float | None:

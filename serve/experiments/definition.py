@@ -64,7 +64,8 @@ class Metric(Part):
 
 class Guardrail(Part):
     """Ends harm by itself: when an arm is worse than control in ``metric`` by more than ``tolerance``, with the
-    confidence 1 - ``alpha`` at any time, ``action`` is taken.
+    confidence 1 - ``alpha`` at any time, ``action`` is taken. An experiment's guardrails are one family: the confidence
+    is of all of them together.
 
     ``tolerance`` is relative for times (0.1: ten per cent slower), and absolute for all others.
     """
@@ -77,15 +78,27 @@ class Guardrail(Part):
 
 class Analysis(Part):
     """``sequential`` may be looked at any time; ``units`` is when a decision is expected, where its intervals are
-    narrowest. ``fixed`` says nothing before ``units`` were exposed, and then once.
+    narrowest. ``fixed`` says nothing before ``units`` have data in the decision metric, and then once.
 
     No arm is judged before ``min_units`` of it and of control have data.
+
+    ``goal``, what an arm must be to win in the decision metric: ``better`` than control; ``not_worse`` than it by
+    ``margin``; or ``equivalent``, neither better nor worse by as much. ``margin`` is relative for times (0.1: ten per
+    cent slower), and absolute for all others.
     """
 
     kind: Literal["sequential", "fixed"] = "sequential"
+    goal: Literal["better", "not_worse", "equivalent"] = "better"
+    margin: float | None = Field(default=None, gt=0, le=1e9, allow_inf_nan=False)
     alpha: float = Field(default=0.05, gt=0, lt=0.5, allow_inf_nan=False)
     units: int = Field(default=5000, ge=10, le=1_000_000_000)
     min_units: int = Field(default=100, ge=10, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _margin_for_its_goals(self) -> Analysis:
+        if (self.margin is None) != (self.goal == "better"):
+            raise ValueError("'margin' is how much worse is borne: give it for the goals 'not_worse' and 'equivalent'")
+        return self
 
 
 class Ramp(Part):

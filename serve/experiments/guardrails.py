@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serve.experiments.analysis import GuardrailResult, Results
 from serve.experiments.phases import Action
+from serve.experiments.results import GuardrailResult, Results
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from serve.experiments.analysis import ArmEvidence, Evidence
 from serve.experiments.assignment import Kind
 from serve.experiments.definition import ERROR_RATE, MEASURED, Metric, Plan
 from serve.experiments.effects import COLD, REQUESTS, Asked, Effects, UnitSums, Way, measures, merge_sums
+from serve.experiments.evidence import ArmEvidence, Evidence
 from serve.experiments.moments import Moments
 from serve.experiments.power_sums import PowerSums, of_units
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serve.experiments.analysis import Evidence
 from serve.experiments.definition import Plan
+from serve.experiments.evidence import Evidence
 from serve.registry.aggregates import Aggregates
 from serve.registry.database import Database
 from serve.registry.experiment_tables import LookRow

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool
 
-from serve.experiments.analysis import Results
 from serve.experiments.definition import (
     Analysis,
     Arm,
@@ -23,6 +22,7 @@ from serve.experiments.definition import (
 )
 from serve.experiments.phases import possible
 from serve.experiments.records import Experiment, ModelAlias, Phase, State
+from serve.experiments.results import Results
 from serve.schemas.common import Body, Items
 
 EXAMPLE: dict[str, Any] = {

@@ -41,9 +41,9 @@ from lora_runtime.merge.job import JobRecipe, Plan, refused
 from serve.assembly import gateway_app
 from serve.config import Settings
 from serve.engine_client import EngineUnavailable, Events
-from serve.experiments.analysis import ArmEvidence
 from serve.experiments.blame import Blame, blame_of
 from serve.experiments.definition import ERROR_RATE
+from serve.experiments.evidence import ArmEvidence
 from serve.gateway.prompt_size import MAX_IDS, MAX_PARTS
 from serve.handover import handed_over
 from serve.identity import Scope

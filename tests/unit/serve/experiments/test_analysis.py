@@ -6,26 +6,28 @@ import json
 import math
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
-from serve.experiments.analysis import ArmEvidence, Evidence, Results, results_of
+from serve.experiments.analysis import results_of
+from serve.experiments.evidence import ArmEvidence, Evidence
 from serve.experiments.guardrails import due
+from serve.experiments.moments import Moments
 from serve.experiments.phases import Action
-from serve.experiments.statistics import Sums
+from serve.experiments.results import Results
 from tests.unit.serve.experiments.worlds import NOW, experiment
 
 
-def rated(n: int, successes: int) -> Sums:
-    return Sums(n=n, y=successes, x=n, yy=successes, xy=successes, xx=n, is_binary=True)
+def rated(n: int, successes: int) -> Moments:
+    return Moments.of(np.arange(n) < successes, np.ones(n), is_binary=True)
 
 
-def timed(n: int, seconds: float, spread: float = 0.3) -> Sums:
+def timed(n: int, seconds: float, spread: float = 0.3) -> Moments:
     """One request for each of ``n`` units; logarithms around that of ``seconds``."""
-    mean = math.log(seconds)
-    return Sums(n=n, y=n * mean, x=n, yy=n * (mean**2 + spread**2), xy=n * mean, xx=n)
+    return Moments.of(math.log(seconds) + spread * (-1.0) ** np.arange(n), np.ones(n))
 
 
-def evidence(units: int | dict[str, int] = 2000, **metrics: dict[str, Sums]) -> Evidence:
+def evidence(units: int | dict[str, int] = 2000, **metrics: dict[str, Moments]) -> Evidence:
     """``metrics``: by name, the sums by arm."""
     names = {arm for sums in metrics.values() for arm in sums}
     counts = units if isinstance(units, dict) else dict.fromkeys(names, units)
@@ -66,7 +68,7 @@ def test_a_mismatch_names_no_winner_and_stays_seen():
     uneven = evidence({"a": 2400, "b": 1600}, solved=CLEAR)
     found = results_of(experiment("a", "b"), uneven, NOW)
     assert found.shares.is_mismatch and found.winner is None and "no winner" in found.note
-    assert of(found, "solved").verdict == "better", "the numbers are still there to be looked at"
+    assert of(found, "solved").verdict == "withheld" and of(found, "solved").effect == pytest.approx(0.15)
     later = results_of(experiment("a", "b"), evidence(solved=CLEAR), NOW, lowest_p=found.shares.p_value)
     assert later.shares.is_mismatch and later.winner is None
 
@@ -82,7 +84,7 @@ def test_too_few_units_say_nothing():
 def test_a_fixed_analysis_waits_for_its_number():
     early = experiment("a", "b", analysis={"kind": "fixed", "units": 10_000})
     found = results_of(early, evidence(solved=CLEAR), NOW)
-    assert found.winner is None and "4000 of the declared 10000" in found.note
+    assert found.winner is None and "4000 of the declared 10000 units have data" in found.note
     assert of(found, "solved").p_value is None, "not even the numbers, which would be looked at"
     there = experiment("a", "b", analysis={"kind": "fixed", "units": 4000})
     assert results_of(there, evidence(solved=CLEAR), NOW).winner == "b"

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lora_runtime.errors import Conflict
-from serve.experiments.analysis import Evidence, results_of
+from serve.experiments.analysis import results_of
 from serve.experiments.definition import Allocation, Arm, Condition, Definition, Layer, Metric, Plan, Ramp
+from serve.experiments.evidence import Evidence
 from serve.experiments.guardrails import due
 from serve.experiments.phases import Action, allotted, amended, moved, possible, redefined, stepped
 from serve.experiments.records import COLLECTING, DIVIDING, LIVE, Experiment, State

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from serve.experiments.analysis import Evidence, GuardrailResult, Results, results_of
+from serve.experiments.analysis import results_of
+from serve.experiments.evidence import Evidence
+from serve.experiments.results import GuardrailResult, Results
 from serve.watch import Watch
 from tests.unit.serve.experiments.worlds import NOW, experiment
 

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from serve.experiments.analysis import ArmEvidence, Evidence
 from serve.experiments.definition import Allocation, Arm, Plan
+from serve.experiments.evidence import ArmEvidence, Evidence
+from serve.experiments.moments import Moments, terms
 from serve.experiments.records import Experiment, Phase, State
-from serve.experiments.statistics import Sums
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -44,12 +44,16 @@ def looks(
         own = rng.beta(rate * concentration, (1 - rate) * concentration, units)
         x = 1.0 + rng.poisson(mean_requests - 1, units)
         y = rng.binomial(x.astype(int), own).astype(float)
-        told[arm] = np.cumsum(np.stack([y, x, y * y, x * y, x * x]), axis=1)
+        told[arm] = np.cumsum(terms(rate, y, x), axis=1)
     for look in range(1, num_looks + 1):
         n = units * look // num_looks
         yield Evidence(
             arms={
-                arm: ArmEvidence(units=n, requests=int(rows[1, n - 1]), metrics={"solved": _sums(n, rows[:, n - 1])})
+                arm: ArmEvidence(
+                    units=n,
+                    requests=int(rows[1, n - 1]),
+                    metrics={"solved": Moments(n=n, centre=rates[arm], sums=tuple(rows[:, n - 1]), is_binary=True)},
+                )
                 for arm, rows in told.items()
             }
         )
@@ -70,13 +74,6 @@ def returning(
             asked = rng.poisson(0.7, units)
             x[arm] += asked
             y[arm] += rng.binomial(asked, rate)
-            seen = x[arm] > 0
-            rows = (y[arm], x[arm], y[arm] ** 2, x[arm] * y[arm], x[arm] ** 2)
-            sums = _sums(int(seen.sum()), np.array([row.sum() for row in rows]))
-            arms[arm] = ArmEvidence(units=units, requests=int(x[arm].sum()), metrics={"solved": sums})
+            solved = Moments.of(y[arm], x[arm], is_binary=True)
+            arms[arm] = ArmEvidence(units=units, requests=int(x[arm].sum()), metrics={"solved": solved})
         yield Evidence(arms=arms)
-
-
-def _sums(n: int, row: np.ndarray) -> Sums:
-    y, x, yy, xy, xx = (float(value) for value in row)
-    return Sums(n=n, y=y, x=x, yy=yy, xy=xy, xx=xx, is_binary=True)
