@@ -100,6 +100,10 @@ class Moments:
         """Σ eⁱ·xʲ, of a total order of at most 4."""
         return self.sums[PLACES[i, j]] if i + j else float(self.n)
 
+    def square_around(self, ratio: float) -> float:
+        """Σ (y − ratio·x)²."""
+        return max(0.0, self._shifted(2, 0, self.centre - ratio))
+
     @property
     def y(self) -> float:
         """Σy."""

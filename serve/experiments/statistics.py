@@ -106,18 +106,17 @@ def effect_of(treatment: Moments, control: Moments, observations: float = 0.0) -
     variances = variance_of(treatment), variance_of(control)
     if treatment.mean is None or control.mean is None or variances[0] is None or variances[1] is None:
         return None
-    both = treatment + control.recentred(treatment.centre)
     value = (treatment.centre - control.centre) + (_offset(treatment) - _offset(control))
-    if abs(value) <= NOISE * max(abs(treatment.mean), abs(control.mean)):
+    if abs(value) <= NOISE * max(map(abs, (treatment.mean, control.mean, treatment.centre, control.centre))):
         value = 0.0
-    own = variances[0] + variances[1]
+    own, share = variances[0] + variances[1], treatment.x / (treatment.x + control.x)
     return Effect(
         value=value,
-        se=math.sqrt(max(own, _null_variance(treatment, control, both.mean or 0.0) if value else own)),
+        se=math.sqrt(max(own, _null_variance(treatment, control, control.mean + value * share) if value else own)),
         control=control.mean,
         variances=(variances[0], variances[1]),
         units=(treatment.n, control.n),
-        observations=max(observations, both.n),
+        observations=max(observations, treatment.n + control.n),
     )
 
 
@@ -208,7 +207,7 @@ def _offset(moments: Moments) -> float:
 
 def _null_variance(treatment: Moments, control: Moments, ratio: float) -> float:
     """v₀ as above."""
-    squares = (max(0.0, arm.recentred(ratio).power(2, 0)) / (arm.x / arm.n) ** 2 for arm in (treatment, control))
+    squares = (arm.square_around(ratio) / (arm.x / arm.n) ** 2 for arm in (treatment, control))
     return math.fsum(squares) / (treatment.n + control.n - 2) * (1 / treatment.n + 1 / control.n)
 
 

@@ -2,8 +2,9 @@
 
     LOOM_RUNS=2000 LOOM_LOOKS=100 pytest -s tests/unit/serve/experiments/test_false_positives.py
 
-Each case is looked at many times on its way, with a guardrail at tolerance 0 beside the comparison. Error is any verdict
-or any breach at any look.
+Each case is looked at many times on its way, with a guardrail at tolerance 0 beside the comparison. Error is any
+verdict or any breach at any look. Beside it stands what the textbook's sequence would do: the arms' own variances, and
+units for its clock.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import pytest
 from serve.experiments.analysis import results_of
 from serve.experiments.evidence import Evidence
 from serve.experiments.records import Experiment
+from serve.experiments.statistics import Sequential, effect_of
 from tests.unit.serve.experiments.arrivals import KINDS, arriving, compared, returning_users
 from tests.unit.serve.experiments.worlds import NOW, experiment
 
@@ -31,21 +34,26 @@ LIMIT = ALPHA + 2.6 * math.sqrt(ALPHA * (1 - ALPHA) / RUNS)
 GUARDED = {"guardrails": [{"metric": "solved", "tolerance": 0.0, "action": "roll_back"}]}
 
 
-def errors(found: Experiment, looks: Iterable[Evidence]) -> tuple[bool, bool]:
-    """Whether a verdict was ever given, and whether the guardrail was ever breached."""
-    judged = breached = False
+def errors(found: Experiment, looks: Iterable[Evidence]) -> tuple[bool, bool, bool]:
+    """Whether a verdict was ever given, whether the guardrail was ever breached, and what the textbook would say."""
+    judged = breached = textbook = False
+    analysis = found.plan.analysis
     for evidence in looks:
         results = results_of(found, evidence, NOW)
         decisive = next(one for one in results.comparisons if one.metric == "solved")
         judged |= decisive.verdict in ("better", "worse") or results.winner is not None
         breached |= results.guardrails[0].is_breached
-    return judged, breached
+        effect = effect_of(evidence.arms["b"].metrics["solved"], evidence.arms["a"].metrics["solved"])
+        if effect is not None and min(effect.units) >= analysis.min_units:
+            plain = replace(effect, se=math.sqrt(sum(effect.variances)))
+            textbook |= abs(plain.value) > Sequential(analysis.units).half_width(plain, analysis.alpha)
+    return judged, breached, textbook
 
 
-def told(name: str, found: list[tuple[bool, bool]], capsys: pytest.CaptureFixture[str]) -> None:
-    judged, breached = np.mean(found, axis=0)
+def told(name: str, found: list[tuple[bool, bool, bool]], capsys: pytest.CaptureFixture[str]) -> None:
+    judged, breached, textbook = np.mean(found, axis=0)
     with capsys.disabled():
-        print(f"\n{name:55s} a verdict in {judged:6.1%}, rolled back in {breached:6.1%} of {len(found)} runs", end="")
+        print(f"\n{name:45s} verdicts {judged:6.1%}, roll-backs {breached:6.1%}; textbook {textbook:6.1%}", end="")
     assert judged <= LIMIT and breached <= LIMIT
 
 

@@ -178,6 +178,8 @@ def test_an_outcome_that_never_varied_is_not_certain():
     equal = effect_of(sums(np.full(30, 2.0)), sums(np.full(30, 2.0)))
     assert equal is not None and (equal.value, equal.se) == (0.0, 0.0)
     assert Sequential(100).p_value(equal, 0.05) == Fixed().p_value(equal, 0.05) == 1.0
+    apart = effect_of(*(Moments.of(np.zeros(30), np.ones(30), centre=centre) for centre in (0.01, 0.03)))
+    assert apart is not None and apart.value == 0.0, "sums around other centres differ by rounding only"
     assert effect_of(Moments(), never) is None and effect_of(always, sums(np.ones(1))) is None
 
 
