@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from serve import offline
 from serve.commands import Service, request
 from serve.console import DEFAULT_URL, ApiKey, Url, read_mapping
 from serve.experiments.phases import Action
@@ -118,6 +119,16 @@ def history(name: Name, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
         action = entry["action"].removeprefix("experiment.")
         table.add_row(entry["at"][:19].replace("T", " "), entry["actor"], action, entry["details"].get("reason", ""))
     console.print(table)
+
+
+@experiments.command("recount")
+def recount(
+    name: Name,
+    mend: Annotated[bool, typer.Option("--mend", help="Count what does not agree anew, and keep that.")] = False,
+    config: Annotated[Path | None, typer.Option(help="Configuration in YAML; LOOM_… variables override it.")] = None,
+) -> None:
+    """Hold an experiment's sums against a count of all its rows. Needs the registry's database, not the service."""
+    offline.recount(console, config, name, mend=mend)
 
 
 @experiments.command("rm")

@@ -245,6 +245,10 @@ class Experimentation:
             total += found
         return total
 
+    async def keep_up(self) -> None:
+        """Add up what waits of any experiment; the first time after an upgrade, all that there is."""
+        await asyncio.to_thread(self._evidence.keep_up)
+
     def assignment(self, experiment: Experiment, unit: str) -> str | None:
         """The arm that a unit gets whose requests meet the conditions."""
         return draw_of(experiment).arm_of(unit)

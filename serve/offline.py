@@ -24,6 +24,7 @@ from serve.identity import Scope
 from serve.loading import load_settings
 
 if TYPE_CHECKING:
+    from serve.registry.database import Database
     from serve.registry.keys import Keys
 
 
@@ -141,14 +142,21 @@ def revoke_key(console: Console, config: Path | None, identifier: str) -> None:
 @contextmanager
 def _keys(console: Console, config: Path | None) -> Iterator[Keys]:
     """The keys of the configured registry; whatever keeps them from being read or changed ends the command."""
+    from serve.registry.keys import Keys
+
+    with _registry(console, config) as database:
+        yield Keys(database)
+
+
+@contextmanager
+def _registry(console: Console, config: Path | None) -> Iterator[Database]:
     from sqlalchemy.exc import SQLAlchemyError
 
     from serve.registry.database import Database
-    from serve.registry.keys import Keys
 
     try:
         database = Database(load_settings(config).registry_url)
-        yield Keys(database)
+        yield database
         database.close()
     except LoomError as error:
         stop(console, error.message)
@@ -156,6 +164,31 @@ def _keys(console: Console, config: Path | None) -> Iterator[Keys]:
         stop(console, str(error))
     except SQLAlchemyError as error:
         stop(console, f"The registry's database cannot be used ({type(error).__name__}).")
+
+
+def recount(console: Console, config: Path | None, name: str, *, mend: bool) -> None:
+    """Hold the sums of all phases of an experiment against a count of all rows."""
+    from serve.registry.experiments import Experiments
+    from serve.registry.recount import Recount
+
+    with _registry(console, config) as database:
+        found, recounting = Experiments(database), Recount(database)
+        experiment = found.get(name)
+        is_good = True
+        for phase in found.phases(experiment.id):
+            differences = recounting.check(experiment.id, phase.number)
+            for one in differences:
+                kept, counted = escape(str(one.kept)), escape(str(one.counted))
+                console.print(f"phase {phase.number}, {escape(one.what)}: kept {kept}, counted {counted}")
+            said = "agrees with its rows" if not differences else "[red]does not agree with its rows[/]"
+            if differences and mend:
+                if not recounting.rebuild(experiment.id, phase.number):
+                    stop(console, "Another process is counting; try again when it is done.")
+                said = "was counted anew"
+            console.print(f"Phase {phase.number} of {escape(experiment.plan.name)} {said}.")
+            is_good &= mend or not differences
+    if not is_good:
+        raise typer.Exit(1)
 
 
 def build_zoo(console: Console, out: Path | None, seed: int) -> None:

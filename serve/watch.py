@@ -26,12 +26,15 @@ class Watch:
         self._experiments = experiments
         self._every_s = every_s
         self._task: asyncio.Task[None] | None = None
+        self._keeping_up: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run())
+        self._keeping_up = asyncio.create_task(self._keep_up())
 
     async def stop(self) -> None:
         await ended(self._task)
+        await ended(self._keeping_up)
 
     async def look(self, experiment: Experiment) -> None:
         """Look at one experiment, if nobody else just did, and do what follows."""
@@ -62,6 +65,15 @@ class Watch:
                     log.info("experiment %s: was changed while it was looked at", experiment.plan.name)
                 except Exception as error:  # the next look may succeed, and requests do not depend on it
                     log.warning("experiment %s: no look: %s", experiment.plan.name, type(error).__name__)
+
+    async def _keep_up(self) -> None:
+        """Beside the looks, which wait for nothing but their own experiment's sums."""
+        while True:
+            try:
+                await self._experiments.keep_up()
+            except Exception as error:  # the next time may succeed, and requests do not depend on it
+                log.warning("sums of experiments were not kept up: %s", type(error).__name__)
+            await asyncio.sleep(self._every_s)
 
     async def _forget(self) -> None:
         try:
