@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lora_runtime.errors import Conflict, InvalidRequest, NotFound
+from lora_runtime.errors import Conflict, InvalidRequest, LoomError, NotFound
 from serve.assigner import Assigner, draw_of
 from serve.catalog import Catalog
 from serve.config import ExperimentSettings
@@ -20,8 +21,9 @@ from serve.experiments.definition import Allocation, Arm, Definition, Plan
 from serve.experiments.events import Pair
 from serve.experiments.phases import Action, amended, moved, redefined, stepped
 from serve.experiments.recorder import FLUSH_S, Recorder
-from serve.experiments.records import Experiment, ModelAlias, Phase, State
+from serve.experiments.records import COLLECTING, Experiment, ModelAlias, Phase, State
 from serve.experiments.results import Results
+from serve.experiments.settling import SETTLING, is_complete, shown
 from serve.follower import Follower
 from serve.identity import Identity, Reachable
 from serve.registry.evidence import EvidenceReader, Look
@@ -35,6 +37,8 @@ MANAGER = Identity(id="", name="experiments", scopes=frozenset())
 """Who the audit names where an experiment acts by itself."""
 BRINGING = frozenset({Action.SHADOW, Action.RAMP, Action.RUN, Action.RESUME, Action.PROMOTE})
 """Actions that send users to arms, which are brought near first; what stops them waits for nothing."""
+
+log = logging.getLogger(__name__)
 
 _KEPT = TypeAdapter(Results)
 
@@ -150,7 +154,7 @@ class Experimentation:
         """Move an experiment on. Raises Conflict that says why not, NotFound."""
         before = await self.get(name, identity)
         moved(before, action, datetime.now(UTC), arm=arm)
-        details: dict[str, Any] = {}
+        found, details = None, dict[str, Any]()
         if action is Action.ARCHIVE and before.state is not State.DRAFT:
             await self._keep(await self.results(before))
         if action is Action.DECIDE:
@@ -159,13 +163,14 @@ class Experimentation:
                 raise Conflict(
                     f"{found.note} Decide with 'despite_mismatch': true if you know why.", p_value=found.shares.p_value
                 )
-            await self._keep(found)
             details = {"winner": found.winner, "mismatch": found.shares.is_mismatch, "units": found.units}
         if action in BRINGING:
             await self._bring_arms(before)
         after = await asyncio.to_thread(
             self._experiments.act, before.id, action, actor=identity.actor, reason=reason, arm=arm, **details
         )
+        if action in SETTLING and before.state in COLLECTING | {State.PAUSED}:
+            await self._settle(before, found)
         await self._follower.refresh()
         return after
 
@@ -260,11 +265,27 @@ class Experimentation:
             return _KEPT.validate_python({**last.results, "state": str(experiment.state)})
         evidence = self._evidence.of(experiment.id, number, experiment.plan)
         lowest = self._evidence.lowest_p(experiment.id, number)
-        return results_of(experiment, evidence, datetime.now(UTC), lowest_p=lowest)
+        live = results_of(experiment, evidence, datetime.now(UTC), lowest_p=lowest)
+        settled = self._evidence.settled.of(experiment.id, number)
+        if settled is None and is_complete(live):
+            self._evidence.settled.settle(experiment.id, number, "complete", _plain(replace(live, settled="complete")))
+            settled = self._evidence.settled.of(experiment.id, number)
+        return live if settled is None else shown(_KEPT.validate_python(settled), live)
+
+    async def _settle(self, experiment: Experiment, found: Results | None) -> None:
+        """Keep what ``experiment`` was ended on; ``found``, where that is known. Ending it does not depend on it."""
+        try:
+            ground = found or await self.results(experiment)
+            await self._keep(ground)
+            kept = _plain(replace(ground, settled="decided", later=None))
+            await asyncio.to_thread(
+                self._evidence.settled.settle, experiment.id, experiment.phase.number, "decided", kept
+            )
+        except LoomError as error:
+            log.warning("experiment %s: its results were not kept: %s", experiment.plan.name, error)
 
     async def _keep(self, found: Results) -> None:
-        kept = {**asdict(found), "as_of": found.as_of.isoformat()}
-        await asyncio.to_thread(self._evidence.keep, found.experiment, found.phase, found.as_of, kept)
+        await asyncio.to_thread(self._evidence.keep, found.experiment, found.phase, found.as_of, _plain(found))
 
     async def _bring_arms(self, experiment: Experiment) -> None:
         """Both arms at hand at every engine, so that neither begins slower."""
@@ -308,6 +329,12 @@ class Experimentation:
                 param="alias",
             )
         identity.check_adapter(name)
+
+
+def _plain(results: Results) -> dict[str, Any]:
+    """As JSON keeps it."""
+    plain: dict[str, Any] = _KEPT.dump_python(results, mode="json")
+    return plain
 
 
 def _check_names(definition: Definition, identity: Identity, before: Experiment | None = None) -> None:

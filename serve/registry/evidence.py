@@ -16,6 +16,7 @@ from serve.registry.database import Database
 from serve.registry.experiment_tables import LookRow
 from serve.registry.recount import Recount
 from serve.registry.repository import aware
+from serve.registry.settled import SettledResults
 
 KEPT_LOOKS = 400
 
@@ -32,6 +33,7 @@ class EvidenceReader:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.settled = SettledResults(database)
         self._aggregates = Aggregates(database)
         self._recount = Recount(database)
 

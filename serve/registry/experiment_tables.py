@@ -221,6 +221,17 @@ class LookRow(Table):
     results: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
+class SettledRow(Table):
+    """Results of a phase that stay as they are. ``ground``: ``complete`` or ``decided``."""
+
+    __tablename__ = "settled_results"
+
+    experiment: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    phase: Mapped[int] = mapped_column(Integer, primary_key=True)
+    ground: Mapped[str] = mapped_column(String(16), primary_key=True)
+    results: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
 class PairRow(Table):
     """What a user was answered, and what a shadow arm would have answered."""
 
