@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -87,27 +87,45 @@ def change(
 def results(name: Name, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
     """Show what the evidence says now. With pictures: URL/experiments/NAME."""
     found = request(console, Service(url, key), "GET", f"/v1/experiments/{name}/results")["results"]
-    table = Table("metric", "arm", "mean", "effect", "interval", "p (Holm)", "verdict")
-    means = {arm["arm"]: arm["means"] for arm in found["arms"]}
-    for metric, mean in means[found["control"]].items():
-        table.add_row(metric, found["control"], _number(mean), "", "", "", "control")
+    table = Table("metric", "arm", "units", "over", "mean", "effect", "relative", "interval", "p (family)", "verdict")
+    arms = {arm["arm"]: arm for arm in found["arms"]}
+    for metric in arms[found["control"]]["means"]:
+        table.add_row(metric, found["control"], *_seen(arms[found["control"]], metric), "", "", "", "", "control")
         for one in (c for c in found["comparisons"] if c["metric"] == metric):
             interval = "" if one["low"] is None else f"{one['low']:+.4g} … {one['high']:+.4g}"
+            relative = one["effect"] if one["measure"] == "relative" else one["relative"]
             table.add_row(
                 "",
                 one["arm"],
-                _number(means[one["arm"]][metric]),
-                "" if one["effect"] is None else f"{one['effect']:+.4g}",
+                *_seen(arms[one["arm"]], metric),
+                "" if one["effect"] is None or one["measure"] == "relative" else f"{one['effect']:+.4g}",
+                "" if relative is None else f"{100 * relative:+.3g} %",
                 interval,
                 _number(one["adjusted_p"]),
                 one["verdict"].replace("_", " "),
             )
     console.print(table)
+    decisive = next((c for c in found["comparisons"] if c["confidence"] is not None), None)
+    if decisive is not None:
+        console.print(
+            f"Intervals of one metric hold together at {100 * (1 - found['alpha']):g} %"
+            + (", at any time." if found["analysis"] == "sequential" else ".")
+            + " Times: relative changes; all others: differences. Metrics beside the decision's are one family."
+        )
     shares = ", ".join(f"{arm['arm']} {arm['units']} ({100 * arm['planned_share']:.3g} %)" for arm in found["arms"])
     console.print(f"Units, and the planned shares: {shares}; p {found['shares']['p_value']:.3g}.")
     for rail in found["guardrails"]:
-        if rail["is_breached"]:
-            console.print(f"[red]Guardrail {rail['metric']} is breached by {rail['arm']}.[/]")
+        colour = {"breached": "red", "kept": "green"}.get(rail["state"], "yellow")
+        bounds = (
+            ""
+            if rail["harm"] is None
+            else f": harm {rail['at_least']:+.4g} … {rail['at_most']:+.4g}, {rail['tolerance']:g} is borne"
+        )
+        console.print(
+            f"[{colour}]Guardrail {rail['metric']}, {rail['arm']}: {rail['state'].replace('_', ' ')}{bounds}.[/]"
+        )
+    if found["later"]:
+        console.print(f"These results are settled ({found['settled']}); {found['later']['units']} units are there now.")
     console.print(escape(found["note"]), style="bold")
 
 
@@ -164,6 +182,13 @@ def remove_alias(name: Alias, url: Url = DEFAULT_URL, key: ApiKey = None) -> Non
     """Forget a model name."""
     request(console, Service(url, key), "DELETE", f"/v1/aliases/{name}")
     console.print(f"Removed [bold]{name}[/].")
+
+
+def _seen(arm: dict[str, Any], metric: str) -> tuple[str, str, str]:
+    """Units with data, what the mean is over, and the mean; results of earlier releases have the mean alone."""
+    found = arm["metrics"].get(metric)
+    mean = _number(arm["means"][metric])
+    return ("", "", mean) if found is None else (str(found["units"]), f"{found['observations']:.6g}", mean)
 
 
 def _number(value: float | None) -> str:

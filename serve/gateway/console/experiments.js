@@ -78,7 +78,8 @@ async function list() {
 function verdict({ results }) {
   const kind = results.shares.is_mismatch ? "bad" : results.winner ? "good" : "";
   return make("section", { class: `card verdict ${kind}`, id: "verdict" },
-    make("strong", {}, results.winner ? `Winner: ${results.winner}` : "No winner"), make("div", {}, results.note));
+    make("strong", {}, results.winner ? `Winner: ${results.winner}` : "No winner"), make("div", {}, results.note),
+    results.later ? make("div", { class: "quiet" }, `Settled (${results.settled}). Since then: ${results.later.units} units in all.`) : null);
 }
 
 function effects({ results, looks }, colours) {
@@ -104,15 +105,16 @@ function effects({ results, looks }, colours) {
     return { arm: one.arm, colour: colours[one.arm], points };
   });
   const rows = now.map((one) => [
-    one.arm, effectText(metric, one.effect), one.low === null ? "–" : `${effectText(metric, one.low)} … ${effectText(metric, one.high)}`,
+    one.arm, effectText(metric, one.effect), one.measure === "relative" || one.relative === null ? "–" : percent(one.relative), one.low === null ? "–" : `${effectText(metric, one.low)} … ${effectText(metric, one.high)}`,
     { number: one.adjusted_p === null ? "–" : one.adjusted_p < 0.001 ? "< 0.001" : one.adjusted_p.toFixed(3) },
-    badge(one.verdict.replace("_", " "), { better: "good", worse: "bad" }[one.verdict] ?? ""),
+    badge(one.verdict.replace("_", " "), { better: "good", not_worse: "good", equivalent: "good", worse: "bad", withheld: "bad" }[one.verdict] ?? ""),
   ]);
   const kind = results.analysis === "sequential" ? "valid at any time" : "fixed number of units";
+  const together = metric === results.decision_metric ? `${percent(1 - results.alpha, 0)} for all arms together` : `${percent(1 - results.alpha, 0)} for all arms and all metrics that do not decide`;
   return card(`Effect against ${results.control}`, "effects", choice,
-    make("span", { class: "quiet" }, ` ${percent(1 - results.alpha, 0)} interval, ${kind}`),
+    make("span", { class: "quiet" }, ` intervals of ${together}, ${kind}`),
     effectOverTime(series, { label: `Effect on ${metric} over time`, format: (value) => effectText(metric, value) }),
-    table(["arm", "effect", "interval", { number: "p" }, ""], rows));
+    table(["arm", now[0]?.measure === "relative" ? "relative change" : "difference", "relative", "interval", { number: "p" }, ""], rows));
 }
 
 function shares({ results }, colours) {
@@ -132,9 +134,10 @@ function guarded({ results }, colours) {
   if (!results.guardrails.length) return null;
   const rows = results.guardrails.map((one) => ({ ...one, colour: colours[one.arm] }));
   const breached = rows.filter((one) => one.is_breached);
+  const kept = rows.filter((one) => one.state === "kept");
   const said = breached.length
     ? badge(`breached: ${[...new Set(breached.map((one) => one.metric))].join(", ")}`, "bad")
-    : badge("no guardrail is breached", "good");
+    : badge(`no guardrail is breached; ${kept.length} of ${rows.length} kept with confidence`, kept.length === rows.length ? "good" : "");
   return card("Guardrails", "guardrails", said,
     make("span", { class: "quiet" }, " how much worse than control: the dot is the estimate, its line what is certain"),
     guardrails(rows, { label: "Harm of each arm against what is borne", format: effectText }));
