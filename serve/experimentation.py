@@ -17,6 +17,7 @@ from serve.catalog import Catalog
 from serve.config import ExperimentSettings
 from serve.engine_client import EngineClient
 from serve.experiments.analysis import results_of
+from serve.experiments.assignment import normal
 from serve.experiments.definition import Allocation, Arm, Definition, Plan
 from serve.experiments.events import Pair
 from serve.experiments.phases import Action, amended, moved, redefined, stepped
@@ -256,7 +257,7 @@ class Experimentation:
 
     def assignment(self, experiment: Experiment, unit: str) -> str | None:
         """The arm that a unit gets whose requests meet the conditions."""
-        return draw_of(experiment).arm_of(unit)
+        return draw_of(experiment).arm_of(normal(unit))
 
     def _results(self, experiment: Experiment) -> Results:
         number = experiment.phase.number

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -138,7 +139,8 @@ def unit_of(
 ) -> str | None:
     """Whom a request is of, by the first that says so; None where nothing does.
 
-    Text that came in a header is read as UTF-8, so that one unit is one unit whichever way it is named.
+    Text that came in a header is read as UTF-8 and all of it is made :func:`normal`, so that one unit is one unit
+    whichever way it is named.
     """
     named = (
         _text(headers.get(UNIT_HEADER)),
@@ -147,7 +149,12 @@ def unit_of(
         user,
         _text(headers.get(SESSION_HEADER)),
     )
-    return next((unit for unit in named if unit), None)
+    return next((unit for given in named if given and (unit := normal(given))), None)
+
+
+def normal(unit: str) -> str:
+    """The one spelling of a unit: Unicode's NFC, without white space around it. Case is kept: ids may differ in it."""
+    return unicodedata.normalize("NFC", unit).strip()
 
 
 def unit_digest(experiment: str, unit: str, secret: str = "") -> str:

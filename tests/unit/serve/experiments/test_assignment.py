@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from serve.experiments.assignment import (
     Draw,
     Subject,
     language_of,
+    normal,
     uniform,
     unit_digest,
     unit_of,
@@ -183,6 +185,17 @@ def test_the_unit_is_whom_the_first_says():
     assert unit_of({"x-session-id": "s"}, {"experiment_unit": ""}, None, "user") == "user"
     assert unit_of({"x-session-id": "s"}, {}, None, None) == "s"
     assert unit_of({}, {}, None, None) is None
+
+
+@given(st.text(min_size=1))
+def test_a_unit_has_one_spelling(unit: str):
+    composed, decomposed = (unicodedata.normalize(form, unit) for form in ("NFC", "NFD"))
+    found = {unit_of({}, {}, None, f"{before}{spelled}{before}") for spelled in (composed, decomposed, unit)
+             for before in ("", " ", "\t")}  # fmt: skip
+    assert len(found) == 1
+    (one,) = found
+    assert one is None or (one == one.strip() == unicodedata.normalize("NFC", one) and one)
+    assert normal("ADA") != normal("ada")
 
 
 def test_a_unit_is_one_whichever_way_it_is_named():
