@@ -129,6 +129,36 @@ def results(name: Name, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
     console.print(escape(found["note"]), style="bold")
 
 
+@experiments.command("plan")
+def plan(
+    name: Name,
+    effect: Annotated[str, typer.Argument(help="The smallest effect that matters: 0.02, or 5%. Put -- before -5%.")],
+    power: Annotated[float, typer.Option(help="How often it is to be seen where it is there.")] = 0.8,
+    metric: Annotated[str | None, typer.Option(help="Other than the one that decides.")] = None,
+    url: Url = DEFAULT_URL,
+    key: ApiKey = None,
+) -> None:
+    """Say how many units and days an effect takes, from the users who come now."""
+    is_relative = effect.strip().endswith("%")
+    try:
+        size = float(effect.strip().rstrip("%")) / (100 if is_relative else 1)
+    except ValueError:
+        raise typer.BadParameter("give a number, 0.02, or a share of control's mean, 5%", param_hint="EFFECT") from None
+    asked = {"effect": size, "relative": is_relative, "power": power, **({"metric": metric} if metric else {})}
+    found = request(console, Service(url, key), "GET", f"/v1/experiments/{name}/plan", params=asked)["plan"]
+    table = Table("analysis", "units of all arms", "days from now", "analysis.units")
+    for kind in ("sequential", "fixed"):
+        one = found[kind]
+        days = "nobody comes" if one["days"] is None else f"{one['days']:.3g}"
+        table.add_row(kind, str(one["units"]), days, str(one["analysis_units"]))
+    console.print(table)
+    console.print(
+        f"To see {found['effect']:+.4g} of {found['metric']} (control: {found['mean']:.4g}) in {100 * power:g} % of "
+        f"experiments, at {100 * found['alpha']:g} % errors. Until now {found['units']} units, "
+        f"{found['units_per_day']:.4g} a day. A sequential analysis may end sooner."
+    )
+
+
 @experiments.command("history")
 def history(name: Name, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
     """List what was done to an experiment, newest first."""

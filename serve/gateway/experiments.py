@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Response
 
 from lora_runtime.errors import NotFound
 from serve.experiments.phases import Action
+from serve.experiments.planning import forecast
 from serve.experiments.records import Experiment, Phase
 from serve.gateway.access import Who, needs
 from serve.gateway.generation import Services
@@ -23,6 +24,7 @@ from serve.schemas.experiments import (
     ExperimentList,
     FeedbackAnswer,
     FeedbackRequest,
+    ForecastAnswer,
     LookAnswer,
     ModelAliasAnswer,
     ModelAliasList,
@@ -99,6 +101,26 @@ def router(services: Services) -> APIRouter:
             results=found,
             looks=[_look(look) for look in looks],
         )
+
+    @routes.get("/v1/experiments/{name}/plan", summary="How many units, and days, it takes to see an effect")
+    async def plan(
+        name: str,
+        identity: Who,
+        effect: Annotated[float, Query(allow_inf_nan=False)],
+        relative: bool = False,
+        power: Annotated[float, Query(gt=0.5, lt=1)] = 0.8,
+        metric: Annotated[str | None, Query(max_length=64)] = None,
+    ) -> ForecastAnswer:
+        experiment = await experiments.get(name, identity)
+        found = forecast(
+            await experiments.results(experiment),
+            experiment.phase.opened_at,
+            metric=metric or experiment.plan.decision_metric,
+            effect=effect,
+            is_relative=relative,
+            power=power,
+        )
+        return ForecastAnswer(name=experiment.plan.name, plan=found)
 
     @routes.get("/v1/experiments/{name}/pairs", summary="Answers of shadow arms beside those that users got")
     async def pairs(name: str, identity: Who, limit: Limit = 50, before: Before = None) -> PairList:

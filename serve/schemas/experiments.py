@@ -21,6 +21,7 @@ from serve.experiments.definition import (
     Share,
 )
 from serve.experiments.phases import possible
+from serve.experiments.planning import Forecast
 from serve.experiments.records import Experiment, ModelAlias, Phase, State
 from serve.experiments.results import Results
 from serve.schemas.common import Body, Items
@@ -213,6 +214,14 @@ class ResultsAnswer(BaseModel):
     alias: str
     results: Results
     looks: list[LookAnswer]
+
+
+class ForecastAnswer(BaseModel):
+    """What it takes to see an effect."""
+
+    object: Literal["experiment.plan"] = "experiment.plan"
+    name: str
+    plan: Forecast
 
 
 class AssignmentAnswer(BaseModel):
