@@ -14,6 +14,7 @@ from serve.experiments.evidence import Evidence
 from serve.registry.aggregates import Aggregates
 from serve.registry.database import Database
 from serve.registry.experiment_tables import LookRow
+from serve.registry.inserting import upsert
 from serve.registry.recount import Recount
 from serve.registry.repository import aware
 from serve.registry.settled import SettledResults
@@ -50,8 +51,8 @@ class EvidenceReader:
     def keep(self, experiment: str, phase: int, at: datetime, results: Mapping[str, Any]) -> None:
         """Remember results as they were; every second of the oldest goes when there are many."""
         with self._database.adding() as session:
-            session.add(LookRow(experiment=experiment, phase=phase, at=at, results=dict(results)))
-            session.flush()
+            # Settled results come again with the time they were settled at.
+            upsert(session, LookRow, [{"experiment": experiment, "phase": phase, "at": at, "results": dict(results)}])
             mine = sa.and_(LookRow.experiment == experiment, LookRow.phase == phase)
             times = list(session.scalars(sa.select(LookRow.at).where(mine).order_by(LookRow.at)))
             if len(times) > KEPT_LOOKS:

@@ -139,3 +139,7 @@ async def test_what_comes_later_is_shown_apart(http: httpx.AsyncClient, kind: st
         sum(arm["metrics"]["solved"]["units"] for arm in found["later"]["arms"]) for found in (decided, after)
     )
     assert now == before + 60
+    await answer(http, "POST", "/v1/experiments/x/roll_back", {"reason": "enough"})
+    await answer(http, "POST", "/v1/experiments/x/archive", {})
+    kept = (await answer(http, "GET", "/v1/experiments/x/results"))["results"]
+    assert {**kept, "later": None, "state": "decided"} == {**decided, "later": None} and kept["state"] == "archived"
