@@ -1,6 +1,6 @@
 """How often the analysis errs where there is nothing to see, in the cases that people have.
 
-    LOOM_RUNS=2000 LOOM_LOOKS=100 pytest -s tests/unit/serve/experiments/test_false_positives.py
+    LOOM_RUNS=2000 LOOM_LOOKS=100 pytest -s --timeout 0 tests/unit/serve/experiments/test_false_positives.py
 
 Each case is looked at many times on its way, with a guardrail at tolerance 0 beside the comparison. Error is any
 verdict or any breach at any look. Beside it stands what the textbook's sequence would do: the arms' own variances, and
