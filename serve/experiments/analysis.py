@@ -162,15 +162,16 @@ def _verdict(metric: str, low: float | None, high: float | None, is_up: bool, ma
     """What the interval says; ``margin`` in the measure that the metric is shown in."""
     if low is None or high is None:
         return "undecided"
+    if margin is not None:
+        shown_low, shown_high = _in_measure(metric, low), _in_measure(metric, high)
+        assert shown_low is not None and shown_high is not None
+        if max(-shown_low, shown_high) < margin:
+            return "equivalent"
+        if (-shown_low if is_up else shown_high) < margin and not (low > 0 if is_up else high < 0):
+            return "not_worse"
     if low > 0 or high < 0:
         return "better" if (low > 0) == is_up else "worse"
-    if margin is None:
-        return "undecided"
-    shown_low, shown_high = _in_measure(metric, low), _in_measure(metric, high)
-    assert shown_low is not None and shown_high is not None
-    if max(-shown_low, shown_high) < margin:
-        return "equivalent"
-    return "not_worse" if (-shown_low if is_up else shown_high) < margin else "undecided"
+    return "undecided"
 
 
 def _guarded(pairing: _Pairing, guardrail: Guardrail, arm: str, family: int) -> GuardrailResult:

@@ -126,3 +126,144 @@ def test_times_are_compared_by_their_ratio():
 def test_planned_shares_are_of_answering_arms():
     found = results_of(experiment("a", "b"), evidence(solved=CLEAR), NOW)
     assert [(arm.arm, arm.planned_share) for arm in found.arms] == [("a", 0.5), ("b", 0.5)]
+
+
+def test_every_mean_says_what_it_is_of():
+    found = results_of(experiment("a", "b"), evidence(solved=CLEAR), NOW)
+    (a, b) = (arm.metrics["solved"] for arm in found.arms)
+    assert (a.units, a.observations, a.mean) == (2000, 2000, 0.3)
+    assert b.variance == pytest.approx(0.45 * 0.55 * 2000 / 1999)
+    compared = of(found, "solved")
+    assert compared.measure == "difference" and compared.units == 4000
+    assert compared.relative == pytest.approx(0.5) and 0 < compared.relative_low < 0.5 < compared.relative_high
+    assert 0 < compared.shrunken < compared.effect
+    assert compared.confidence == pytest.approx(0.95) and compared.family == 1
+
+
+def test_intervals_and_verdicts_are_one_statement_in_every_family():
+    """Three arms, the worst case for two methods that were mixed: verdicts by Holm beside intervals by Bonferroni."""
+    rng = np.random.default_rng(5)
+    running = experiment(*"abcd", metrics=[{"name": name, "kind": "float"} for name in ("solved", "m", "n")])
+    seen = set()
+    for _ in range(300):
+        metrics = {
+            metric: {arm: Moments.of(rng.normal(rng.choice([0, 0.15]), 1, 600), np.ones(600)) for arm in "abcd"}
+            for metric in ("solved", "m", "n")
+        }
+        for compared in results_of(running, evidence(600, **metrics), NOW).comparisons:
+            if compared.low is None:
+                continue
+            excludes = compared.low > 0 or compared.high < 0
+            assert excludes == (compared.adjusted_p <= 0.05) == (compared.verdict in ("better", "worse"))
+            # Beside the three metrics, every experiment has three that are measured: 5 that do not decide, of 3 arms.
+            assert compared.family == (3 if compared.metric == "solved" else 15)
+            assert compared.confidence == pytest.approx(1 - 0.05 / compared.family)
+            seen.add((compared.metric, compared.verdict))
+    assert {("solved", "better"), ("m", "better"), ("solved", "undecided"), ("m", "undecided")} <= seen
+
+
+def test_guardrails_are_breached_kept_or_neither():
+    guarded = experiment("a", "b", guardrails=[{"metric": "error_rate", "tolerance": 0.02}])
+    for units, errors, state in (
+        (15, (0, 3), "too_few"),
+        (300, (3, 6), "uncertain"),
+        (8000, (80, 100), "kept"),
+        (8000, (80, 600), "breached"),
+    ):
+        rates = {arm: rated(units, count) for arm, count in zip("ab", errors, strict=True)}
+        (rail,) = results_of(guarded, evidence(units, error_rate=rates), NOW).guardrails
+        assert (rail.state, rail.is_breached) == (state, state == "breached")
+        assert rail.harm is None or rail.at_least < rail.harm < rail.at_most
+        assert state != "kept" or rail.at_most <= 0.02
+
+
+def test_several_guardrails_are_one_family():
+    metrics = [{"name": name, "kind": "float", "direction": "down"} for name in ("solved", *"mnopq")]
+    rails = [{"metric": metric["name"], "tolerance": 0} for metric in metrics]
+    rng, runs, together = np.random.default_rng(7), 600, 0
+    guarded = experiment("a", "b", metrics=metrics, guardrails=rails, analysis={"units": 1200})
+    for _ in range(runs):
+        drawn = {m["name"]: {arm: Moments.of(rng.normal(0, 1, 600), np.ones(600)) for arm in "ab"} for m in metrics}
+        found = results_of(guarded, evidence(600, **drawn), NOW).guardrails
+        assert {rail.family for rail in found} == {6}
+        together += any(rail.is_breached for rail in found)
+    assert together / runs < 0.05
+
+
+@pytest.mark.parametrize(
+    ("goal", "rates", "winner"),
+    [
+        ("not_worse", (4000, 4000), "b"),
+        ("not_worse", (4000, 3000), "a"),  # worse beyond the margin, and beyond doubt
+        ("not_worse", (4000, 3700), "a"),  # the same: as good is not shown, and worse is
+        ("not_worse", (4000, 3760), "b"),  # a little worse beyond doubt, and not by the margin
+        ("not_worse", (400, 350), None),
+        ("not_worse", (4000, 4600), "b"),
+        ("equivalent", (4000, 4010), "b"),
+        ("equivalent", (4000, 4240), "b"),
+        ("equivalent", (4000, 4900), None),
+    ],
+)
+def test_an_arm_may_win_by_being_as_good(goal, rates, winner):
+    running = experiment("a", "b", analysis={"goal": goal, "margin": 0.05})
+    units = 10_000 if max(rates) > 1000 else 1000
+    solved = {arm: rated(units, count) for arm, count in zip("ab", rates, strict=True)}
+    found = results_of(running, evidence(units, solved=solved), NOW)
+    assert found.winner == winner, found.comparisons[0]
+    if winner == "b" and rates[1] < 4500:
+        assert "within 0.05" in found.note
+
+
+def test_an_arm_that_is_worse_by_the_margin_is_seldom_called_as_good():
+    """The type I error of non-inferiority, at its worst: the arm is worse by exactly the margin."""
+    rng, runs = np.random.default_rng(8), 1000
+    running = experiment("a", "b", analysis={"goal": "not_worse", "margin": 0.05, "units": 4000})
+    wrong = 0
+    for _ in range(runs):
+        counts = rng.binomial(2000, 0.4), rng.binomial(2000, 0.35)
+        solved = {arm: rated(2000, int(count)) for arm, count in zip("ab", counts, strict=True)}
+        wrong += results_of(running, evidence(2000, solved=solved), NOW).comparisons[0].verdict in (
+            "better",
+            "not_worse",
+            "equivalent",
+        )
+    assert wrong / runs <= 0.025
+
+
+def test_a_margin_belongs_to_its_goals():
+    for analysis in ({"goal": "not_worse"}, {"margin": 0.1}):
+        with pytest.raises(ValueError, match="'margin' is how much worse is borne"):
+            experiment("a", "b", analysis=analysis)
+
+
+def test_arms_whose_users_report_unequally_are_told_of():
+    def reported(n: int) -> Evidence:
+        solved = {"a": rated(600, 300), "b": rated(n, n // 2)}
+        return evidence(2000, solved=solved)
+
+    even = results_of(experiment("a", "b"), reported(580), NOW).reporting[0]
+    assert even.rates == {"a": 0.3, "b": 0.29} and not even.is_different
+    found = results_of(experiment("a", "b"), reported(300), NOW)
+    assert found.reporting[0].is_different and "report solved unequally often" in found.note
+    per_unit = experiment("a", "b", metrics=[{"name": "solved", "level": "unit"}])
+    assert results_of(per_unit, reported(300), NOW).reporting == []
+
+
+@pytest.mark.parametrize("value", [0.1, 5.0, 1e9])
+def test_values_that_never_vary_are_no_difference(value):
+    """However they were added up, equal constants are equal, and say nothing of how far they could be apart."""
+    running = experiment("a", "b", metrics=[{"name": "solved", "kind": "float"}])
+    solved = {
+        "a": Moments.of(np.full(1000, value), np.ones(1000), centre=value * (1 - 1e-12)),
+        "b": Moments.of(np.full(1000, value), np.ones(1000), centre=value * (1 + 1e-12)),
+    }
+    compared = of(results_of(running, evidence(1000, solved=solved), NOW), "solved")
+    assert (compared.effect, compared.p_value, compared.verdict) == (0.0, 1.0, "undecided")
+    assert compared.low is None, "without any spread there is no width to tell"
+
+
+def test_two_constants_differ_as_surely_as_a_permutation_test_says():
+    running = experiment("a", "b", metrics=[{"name": "solved", "kind": "float"}], analysis={"min_units": 10})
+    for n, verdict in ((10, "undecided"), (200, "worse")):
+        solved = {arm: Moments.of(np.full(n, v), np.ones(n)) for arm, v in (("a", 5.0), ("b", 4.9))}
+        assert of(results_of(running, evidence(n, solved=solved), NOW), "solved").verdict == verdict
