@@ -177,6 +177,7 @@ def test_guardrails_are_breached_kept_or_neither():
         assert state != "kept" or rail.at_most <= 0.02
 
 
+@pytest.mark.slow
 def test_several_guardrails_are_one_family():
     metrics = [{"name": name, "kind": "float", "direction": "down"} for name in ("solved", *"mnopq")]
     rails = [{"metric": metric["name"], "tolerance": 0} for metric in metrics]
@@ -214,6 +215,7 @@ def test_an_arm_may_win_by_being_as_good(goal, rates, winner):
         assert "within 0.05" in found.note
 
 
+@pytest.mark.slow
 def test_an_arm_that_is_worse_by_the_margin_is_seldom_called_as_good():
     """The type I error of non-inferiority, at its worst: the arm is worse by exactly the margin."""
     rng, runs = np.random.default_rng(8), 1000
