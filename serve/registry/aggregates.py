@@ -62,7 +62,7 @@ class Aggregates:
         with self._database.reading() as session:
             if state_of(session, experiment, phase) == STALE:
                 raise RegistryCounting(
-                    "The requests of this experiment are being counted anew, which takes a minute or so for ten "
+                    "The requests of this experiment are being counted anew, which takes some minutes for ten "
                     "million of them. Try again shortly.",
                     retry_after_s=COUNTING_RETRY_S,
                 )
