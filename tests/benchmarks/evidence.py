@@ -4,8 +4,9 @@ those who write.
     python -m tests.benchmarks.evidence [--requests 100000 1000000] [--database sqlite postgresql]
 
 An experiment of two arms and two metrics, four requests and one report for each unit; on SQLite, and on PostgreSQL
-(LOOM_TEST_POSTGRES). Rows are made by the database itself. ``before`` is the database's own sums over all rows, as each
-look made them once; ``idle`` is a look where nothing came since the last one, and ``busy`` one after 3,000 requests more.
+(LOOM_TEST_POSTGRES). Rows are made by the database itself. ``before`` is the database's own sums over all rows, as
+each look made them once; ``idle`` is a look where nothing came since the last one, and ``busy`` one after 3,000
+requests more.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def fill(database: Database, experiment: str, requests: int) -> None:
     number = f"i / {PER_UNIT}"
     unit = HEX[kind].format(f"({number}) * 2654435761 % 4294967296")
     arm = f"CASE ({number}) % 2 WHEN 0 THEN 'a' ELSE 'b' END"
-    seconds = "ln(0.1 + 0.9 * ((i * 7919) % 1000) / 1000.0)" if kind == "postgresql" else "((i * 7919) % 1000) / 400.0"
+    logs = "ln(0.1 + 0.9 * ((i * 7919) % 1000) / 1000.0)" if kind == "postgresql" else "((i * 7919) % 1000) / 400.0"
     is_true, is_false = ("1", "0") if kind == "sqlite" else ("true", "false")
     for first in range(0, requests, STEP):
         part = {"first": first, "last": min(first + STEP, requests), "e": experiment, "now": datetime.now(UTC)}
@@ -72,7 +73,7 @@ def fill(database: Database, experiment: str, requests: int) -> None:
                 ),
                 (
                     "outcomes (request_id, status, is_cold, ln_first_s, ln_token_s, prompt_tokens, completion_tokens)",
-                    f"'r' || i, CASE i % 50 WHEN 0 THEN 500 ELSE 200 END, {is_false}, {seconds}, -4.0, 1, 1 FROM series",
+                    f"'r' || i, CASE i % 50 WHEN 0 THEN 500 ELSE 200 END, {is_false}, {logs}, -4.0, 1, 1 FROM series",
                 ),
                 (
                     "exposures (experiment, phase, unit, arm, request_id, at)",
@@ -83,13 +84,9 @@ def fill(database: Database, experiment: str, requests: int) -> None:
                     f"'r' || i, 'solved', '', i / {PER_UNIT} % 3 % 2, :now FROM series WHERE i % {PER_UNIT} = 0",
                 ),
             ):
-                connection.execute(sa.text(f"INSERT INTO {into} {_with(kind, into, what)}"), _used(part, what))
+                connection.execute(sa.text(f"INSERT INTO {into} {SERIES[kind]} SELECT {what}"), _used(part, what))
     with database._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(sa.text("ANALYZE"))
-
-
-def _with(kind: str, into: str, what: str) -> str:
-    return f"{SERIES[kind]} SELECT {what}"
 
 
 def _used(part: dict[str, object], what: str) -> dict[str, object]:
@@ -145,8 +142,8 @@ def looks(database: Database, experiment: Experiment, requests: int) -> None:
     checked = seconds(lambda: print(f"  differences: {recount.check(name, 1)}"))
     print(
         f"  {requests:>10,} requests: before {before:8.2f} s; idle {1e3 * idle:6.1f} ms ({before / idle:,.0f} times "
-        f"less), busy {1e3 * min(busy):6.1f} ms ({before / min(busy):,.0f} times less); counted anew in {rebuilt:.1f} s,"
-        f" checked in {checked:.1f} s",
+        f"less), busy {1e3 * min(busy):6.1f} ms ({before / min(busy):,.0f} times less); counted anew in "
+        f"{rebuilt:.1f} s, checked in {checked:.1f} s",
         flush=True,
     )
 
@@ -172,8 +169,8 @@ def writers(database: Database, experiment: Experiment, first: int) -> None:
     middle = {way: 1e3 * sorted(found)[len(found) // 2] for way, found in calls.items()}
     written = 4 * 3 * BETWEEN_LOOKS + 400
     print(
-        f"  written: {max(plain):,.0f} events/s without effects, {max(kept):,.0f} with; a report {middle['plain']:.2f} ms "
-        f"without, {middle['kept']:.2f} ms with; {written:,} events ({waiting:,} effects) added up at "
+        f"  written: {max(plain):,.0f} events/s without effects, {max(kept):,.0f} with; a report "
+        f"{middle['plain']:.2f} ms without, {middle['kept']:.2f} ms with; {written:,} events ({waiting:,} effects) added up at "
         f"{written / folding:,.0f} events/s",
         flush=True,
     )
