@@ -34,8 +34,8 @@ from serve.registry.experiment_tables import (
 from serve.registry.inserting import insert_into, upsert
 
 READY, STALE, FORGOTTEN = "ready", "stale", "forgotten"
-FOLDED_AT_ONCE = 5000
-"""Of ``size``: a few tenths of a second, for which SQLite's other writers wait."""
+FOLDED_AT_ONCE = 2000
+"""Of ``size``: a tenth of a second, for which SQLite's other writers wait."""
 AT_ONCE = 500
 """Values in one query."""
 EARLY_FOR = timedelta(days=1)
@@ -133,7 +133,7 @@ def locked(session: Session, experiment: str, phase: int) -> PhaseSumsRow:
 def read_totals(session: Session, experiment: str, phase: int) -> Totals:
     """The sums as they are, without what waits."""
     row = session.get(PhaseSumsRow, (experiment, phase))
-    if row is None or row.state == STALE:
+    if row is None or not row.counts:
         return Totals()
     counts = row.counts
     totals = Totals(

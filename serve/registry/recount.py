@@ -96,7 +96,7 @@ class Recount:
                 row = locked(session, experiment, phase)
                 if row.state == FORGOTTEN:
                     raise _gone(experiment, phase)
-                row.state = STALE
+                row.state, row.counts = STALE, {}
             for table in (UnitSumsRow, ArmSumsRow):
                 self._clear(table, experiment, phase)
             with self._database.reading(LIMIT_S) as session:

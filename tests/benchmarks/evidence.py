@@ -170,8 +170,8 @@ def writers(database: Database, experiment: Experiment, first: int) -> None:
     written = 4 * 3 * BETWEEN_LOOKS + 400
     print(
         f"  written: {max(plain):,.0f} events/s without effects, {max(kept):,.0f} with; a report "
-        f"{middle['plain']:.2f} ms without, {middle['kept']:.2f} ms with; {written:,} events ({waiting:,} effects) added up at "
-        f"{written / folding:,.0f} events/s",
+        f"{middle['plain']:.2f} ms without, {middle['kept']:.2f} ms with; {written:,} events "
+        f"({waiting:,} effects) added up at {written / folding:,.0f} events/s",
         flush=True,
     )
 
