@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
 from serve.experiments.effects import Effects, Ended, UnitSums
@@ -174,14 +175,28 @@ def counts_json(totals: Totals) -> dict[str, Any]:
 
 def read_units(session: Session, experiment: str, phase: int, units: Iterable[str]) -> dict[Place, UnitSums]:
     """The sums of ``units`` in every arm that they were seen in."""
-    found: dict[Place, UnitSums] = {}
-    wanted = sa.select(UnitSumsRow.arm, UnitSumsRow.unit, UnitSumsRow.sums).where(
-        *of_phase(UnitSumsRow, experiment, phase)
-    )
-    for some in in_chunks(sorted(set(units))):
-        rows = session.execute(wanted.where(UnitSumsRow.unit.in_(some)))
-        found.update({(arm, unit): sums for arm, unit, sums in rows})
-    return found
+    of = _of_units_postgres if session.get_bind().dialect.name == "postgresql" else _of_units
+    return {
+        (arm, unit): sums
+        for some in in_chunks(sorted(set(units)))
+        for arm, unit, sums in session.execute(of(experiment, phase, some))
+    }
+
+
+def _of_units(experiment: str, phase: int, units: list[str]) -> Any:
+    wanted = sa.select(UnitSumsRow.arm, UnitSumsRow.unit, UnitSumsRow.sums)
+    return wanted.where(*of_phase(UnitSumsRow, experiment, phase), UnitSumsRow.unit.in_(units))
+
+
+def _of_units_postgres(experiment: str, phase: int, units: list[str]) -> Any:
+    """One after another by the whole key: of an experiment that it does not know yet, PostgreSQL expects few units and
+    would read them all to pick those of a list."""
+    asked = sa.func.unnest(sa.literal(units, ARRAY(sa.String))).table_valued("unit").render_derived(name="asked")
+    wanted = sa.select(UnitSumsRow.arm, UnitSumsRow.unit, UnitSumsRow.sums)
+    mine = wanted.where(*of_phase(UnitSumsRow, experiment, phase), UnitSumsRow.unit == asked.c.unit)
+    # The limit, which nothing reaches, keeps it from being joined in another way.
+    found = mine.limit(AT_ONCE).lateral("found")
+    return sa.select(found.c.arm, found.c.unit, found.c.sums).select_from(asked).join(found, sa.true())
 
 
 def write_units(session: Session, experiment: str, phase: int, units: Mapping[Place, UnitSums]) -> None:
