@@ -179,6 +179,25 @@ def _nothing(*_: object) -> None:
     pass
 
 
+def measure(kind: str, requests: int, *, check: bool) -> None:
+    """Print all figures for one database of so many requests."""
+    with ExitStack() as stack:
+        if kind == "sqlite":
+            url = f"sqlite:///{Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'registry.db'}"
+        else:
+            url = stack.enter_context(new_database())
+        database = Database(url)
+        arms = tuple(Arm(name=arm, target="@base") for arm in "ab")
+        plan = Plan.model_validate({**PLAN, "control": "a"})
+        experiment = Experiments(database).create(plan, Allocation(arms=arms), actor="benchmark")
+        print(f"{kind}: rows made in {seconds(lambda: fill(database, experiment.id, requests)):.0f} s", flush=True)
+        looks(database, experiment, requests)
+        writers(database, experiment, requests + 3 * BETWEEN_LOOKS)
+        if check:
+            print(f"  differences: {Recount(database).check(experiment.id, 1)}", flush=True)
+        database.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, nargs="+", default=[100_000, 1_000_000])
@@ -187,23 +206,7 @@ def main() -> None:
     options = parser.parse_args()
     for kind in options.database:
         for requests in options.requests:
-            with ExitStack() as stack:
-                if kind == "sqlite":
-                    url = f"sqlite:///{Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'registry.db'}"
-                else:
-                    url = stack.enter_context(new_database())
-                database = Database(url)
-                arms = tuple(Arm(name=arm, target="@base") for arm in "ab")
-                plan = Plan.model_validate({**PLAN, "control": "a"})
-                experiment = Experiments(database).create(plan, Allocation(arms=arms), actor="benchmark")
-                print(
-                    f"{kind}: rows made in {seconds(lambda: fill(database, experiment.id, requests)):.0f} s", flush=True
-                )  # noqa: B023
-                looks(database, experiment, requests)
-                writers(database, experiment, requests + 3 * BETWEEN_LOOKS)
-                if options.check:
-                    print(f"  differences: {Recount(database).check(experiment.id, 1)}", flush=True)
-                database.close()
+            measure(kind, requests, check=options.check)
 
 
 if __name__ == "__main__":
