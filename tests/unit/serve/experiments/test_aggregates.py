@@ -350,3 +350,19 @@ def test_the_command_tells_and_mends(database: Database, monkeypatch: pytest.Mon
     assert code == 1 and "units: kept 4, counted 5" in said and "does not agree" in said
     assert recount("--mend")[0] == 0 and recount()[0] == 0
     assert_right(database, experiment)
+
+
+def test_units_are_read_by_their_whole_key(database: Database):
+    """Also where the database knows nothing of how many there are: else each look would read all units."""
+    experiment, trials = made(database, "many"), Trials(database)
+    trials.add([event for n in range(500) for event in exposed_and_asked(experiment.id, n)])
+    EvidenceReader(database).keep_up()
+    asked: list[tuple[str, object]] = []
+    sa.event.listen(database._engine, "before_cursor_execute", lambda *given: asked.append(given[2:4]))
+    is_sqlite = database._engine.dialect.name == "sqlite"
+    with database.reading() as session:
+        assert len(aggregates.read_units(session, experiment.id, 1, [f"u{n}" for n in range(0, 500, 3)])) == 167
+        statement, values = asked[-1]
+        explain = "EXPLAIN QUERY PLAN " if is_sqlite else "EXPLAIN ANALYZE "
+        plan = "\n".join(str(row[-1]) for row in session.connection().exec_driver_sql(explain + statement, values))
+    assert "unit=?" in plan if is_sqlite else "Index Cond" in plan and "Filter" not in plan, plan
