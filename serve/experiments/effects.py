@@ -104,7 +104,7 @@ class Effects:
         if trial.assignment == Kind.HASH and (place := _evident(trial)) is not None:
             self.ways[metric] = way
             y = fixed(value)
-            grow(self.units[place], metric, y, largest=y)
+            merge_sums(self.units[place], {metric: [y, 1, y]})
 
     def merge(self, other: Effects) -> None:
         self.exposed.update(other.exposed)
@@ -132,33 +132,40 @@ class Effects:
         return effects
 
 
-def grow(sums: UnitSums, quantity: str, y: int, *, largest: int | None = None) -> None:
-    """Add one observation."""
-    merge_sums(sums, {quantity: [y, 1] if largest is None else [y, 1, largest]})
+def grow(sums: UnitSums, quantity: str, y: int) -> None:
+    """Add one observation that was measured."""
+    if (found := sums.get(quantity)) is None:
+        sums[quantity] = [y, 1]
+    else:
+        found[0] += y
+        found[1] += 1
 
 
 def merge_sums(sums: UnitSums, grown: UnitSums) -> None:
-    """Add what ``grown`` has to ``sums``."""
-    for quantity, (y, x, *largest) in grown.items():
-        if (before := sums.get(quantity)) is None:
-            sums[quantity] = [y, x, *largest]
+    """Add what ``grown`` has to ``sums``; lists of neither are changed or shared."""
+    for quantity, new in grown.items():
+        if (old := sums.get(quantity)) is None:
+            sums[quantity] = new.copy()
+        elif len(new) == 2:
+            sums[quantity] = [old[0] + new[0], old[1] + new[1]]
         else:
-            sums[quantity] = [before[0] + y, before[1] + x, *(max(pair) for pair in zip(before[2:], largest))]  # noqa: B905
+            sums[quantity] = [old[0] + new[0], old[1] + new[1], max(old[2], new[2])]
 
 
 def measures(sums: UnitSums, ways: Mapping[str, Way]) -> Iterator[tuple[str, int, int]]:
     """The quantity, Y and x of everything that is measured of a unit."""
-    for quantity, (y, x, *largest) in sums.items():
+    for quantity, found in sums.items():
         way = ways.get(quantity, "feedback")
         if way == "feedback":
-            yield quantity, y, x
+            yield quantity, found[0], found[1]
         elif way == "request":
-            yield quantity, y, sums[REQUESTS][1] if REQUESTS in sums else 0
+            yield quantity, found[0], sums[REQUESTS][1] if REQUESTS in sums else 0
         else:
-            yield quantity, largest[0] if way == "any" else y, 1
+            yield quantity, found[2] if way == "any" else found[0], 1
 
 
 def _evident(trial: Asking) -> tuple[str, str] | None:
     """Arm and unit of a request that is evidence."""
-    is_evident = trial.counts and trial.arm is not None and trial.unit is not None
-    return (trial.arm, trial.unit) if is_evident else None  # type: ignore[return-value]  # neither is None here
+    if not trial.counts or (arm := trial.arm) is None or (unit := trial.unit) is None:
+        return None
+    return arm, unit

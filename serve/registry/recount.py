@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -97,7 +96,7 @@ class Recount:
                 row = locked(session, experiment, phase)
                 if row.state == FORGOTTEN:
                     raise _gone(experiment, phase)
-                row.state = STALE
+                row.state, row.counts = STALE, {}
             for table in (UnitSumsRow, ArmSumsRow):
                 self._clear(table, experiment, phase)
             with self._database.reading(LIMIT_S) as session:
@@ -174,6 +173,9 @@ def _counted(session: Session, experiment: str, phase: int, keep: Keep) -> Total
     totals = Totals(ways=_ways(session, experiment))
     exposed = sa.select(ExposureRow.arm, sa.func.count()).where(*of_phase(ExposureRow, experiment, phase))
     totals.exposed.update(dict(session.execute(exposed.group_by(ExposureRow.arm)).tuples().all()))
+    kinds = (TrialRow.arm, TrialRow.assignment, TrialRow.counts)
+    asked = sa.select(*kinds, sa.func.count()).where(*of_phase(TrialRow, experiment, phase)).group_by(*kinds)
+    totals.asked.update({(arm, kind, counts): number for arm, kind, counts, number in session.execute(asked)})
     units: dict[Place, UnitSums] = {}
     rows = session.execute(_rows(experiment, phase).execution_options(yield_per=10 * AT_ONCE))
     for _, of_unit in groupby(rows, key=lambda row: row.unit):
@@ -185,8 +187,10 @@ def _counted(session: Session, experiment: str, phase: int, keep: Keep) -> Total
             effects.trial(row)
             if row.status is not None:
                 effects.outcome(row, Ended(row.status, row.is_cold, row.ln_first_s, row.ln_token_s))
-        totals.asked.update(effects.asked)
-        units |= totals.fold(Effects(units=effects.units, ways=effects.ways), {}, Counter())
+        for (arm, _), sums in effects.units.items():
+            totals.replace(arm, {}, sums)
+        totals.switched += len(effects.units) > 1
+        units |= effects.units
         if len(units) >= WRITTEN_AT_ONCE:
             keep(units)
             units = {}
@@ -195,7 +199,7 @@ def _counted(session: Session, experiment: str, phase: int, keep: Keep) -> Total
 
 
 def _rows(experiment: str, phase: int) -> Any:
-    """Requests with their outcomes, and reports, each with its request; those of a unit one after another."""
+    """Requests that count, with their outcomes, and reports, each with its request; a unit's one after another."""
     asked = (TrialRow.unit, TrialRow.arm, TrialRow.assignment, TrialRow.counts)
     ended = (OutcomeRow.status, OutcomeRow.is_cold, OutcomeRow.ln_first_s, OutcomeRow.ln_token_s)
     reported = (FeedbackRow.metric, FeedbackRow.value)
@@ -203,16 +207,17 @@ def _rows(experiment: str, phase: int) -> Any:
     def nothing(columns: tuple[Any, ...]) -> list[Any]:
         return [sa.cast(sa.null(), column.type).label(column.name) for column in columns]
 
+    evident = (*of_phase(TrialRow, experiment, phase), TrialRow.counts.is_(True), TrialRow.unit.is_not(None))
     requests = (
         sa.select(*asked, *ended, *nothing(reported))
         .select_from(TrialRow)
         .join(OutcomeRow, OutcomeRow.request_id == TrialRow.request_id, isouter=True)
-        .where(*of_phase(TrialRow, experiment, phase))
+        .where(*evident)
     )
     reports = (
         sa.select(*asked, *nothing(ended), *reported)
         .join(FeedbackRow, FeedbackRow.request_id == TrialRow.request_id)
-        .where(*of_phase(TrialRow, experiment, phase))
+        .where(*evident)
     )
     both = sa.union_all(requests, reports).subquery()
     return sa.select(both).order_by(both.c.unit)

@@ -1,11 +1,12 @@
 """What a look at an experiment costs, as requests grow, beside adding all rows up anew; and what keeping the sums costs
 those who write.
 
-    python -m tests.benchmarks.evidence [--requests 100000 1000000] [--database sqlite postgresql]
+    python -m tests.benchmarks.evidence [--requests 100000 1000000] [--database sqlite postgresql] [--check]
 
 An experiment of two arms and two metrics, four requests and one report for each unit; on SQLite, and on PostgreSQL
-(LOOM_TEST_POSTGRES). Rows are made by the database itself. ``before`` is the database's own sums over all rows, as each
-look made them once; ``idle`` is a look where nothing came since the last one, and ``busy`` one after 3,000 requests more.
+(LOOM_TEST_POSTGRES). Rows are made by the database itself. ``before`` is the database's own sums over all rows, as
+each look made them once; ``idle`` is a look where nothing came since the last one, and ``busy`` one after 3,000
+requests more.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def fill(database: Database, experiment: str, requests: int) -> None:
     number = f"i / {PER_UNIT}"
     unit = HEX[kind].format(f"({number}) * 2654435761 % 4294967296")
     arm = f"CASE ({number}) % 2 WHEN 0 THEN 'a' ELSE 'b' END"
-    seconds = "ln(0.1 + 0.9 * ((i * 7919) % 1000) / 1000.0)" if kind == "postgresql" else "((i * 7919) % 1000) / 400.0"
+    logs = "ln(0.1 + 0.9 * ((i * 7919) % 1000) / 1000.0)" if kind == "postgresql" else "((i * 7919) % 1000) / 400.0"
     is_true, is_false = ("1", "0") if kind == "sqlite" else ("true", "false")
     for first in range(0, requests, STEP):
         part = {"first": first, "last": min(first + STEP, requests), "e": experiment, "now": datetime.now(UTC)}
@@ -72,7 +73,7 @@ def fill(database: Database, experiment: str, requests: int) -> None:
                 ),
                 (
                     "outcomes (request_id, status, is_cold, ln_first_s, ln_token_s, prompt_tokens, completion_tokens)",
-                    f"'r' || i, CASE i % 50 WHEN 0 THEN 500 ELSE 200 END, {is_false}, {seconds}, -4.0, 1, 1 FROM series",
+                    f"'r' || i, CASE i % 50 WHEN 0 THEN 500 ELSE 200 END, {is_false}, {logs}, -4.0, 1, 1 FROM series",
                 ),
                 (
                     "exposures (experiment, phase, unit, arm, request_id, at)",
@@ -83,13 +84,9 @@ def fill(database: Database, experiment: str, requests: int) -> None:
                     f"'r' || i, 'solved', '', i / {PER_UNIT} % 3 % 2, :now FROM series WHERE i % {PER_UNIT} = 0",
                 ),
             ):
-                connection.execute(sa.text(f"INSERT INTO {into} {_with(kind, into, what)}"), _used(part, what))
+                connection.execute(sa.text(f"INSERT INTO {into} {SERIES[kind]} SELECT {what}"), _used(part, what))
     with database._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(sa.text("ANALYZE"))
-
-
-def _with(kind: str, into: str, what: str) -> str:
-    return f"{SERIES[kind]} SELECT {what}"
 
 
 def _used(part: dict[str, object], what: str) -> dict[str, object]:
@@ -142,11 +139,10 @@ def looks(database: Database, experiment: Experiment, requests: int) -> None:
     for number in range(3):
         Trials(database).add(more(name, requests + number * BETWEEN_LOOKS, BETWEEN_LOOKS))
         busy.append(seconds(lambda: reader.of(name, 1, experiment.plan)))
-    checked = seconds(lambda: print(f"  differences: {recount.check(name, 1)}"))
     print(
         f"  {requests:>10,} requests: before {before:8.2f} s; idle {1e3 * idle:6.1f} ms ({before / idle:,.0f} times "
-        f"less), busy {1e3 * min(busy):6.1f} ms ({before / min(busy):,.0f} times less); counted anew in {rebuilt:.1f} s,"
-        f" checked in {checked:.1f} s",
+        f"less), busy {1e3 * min(busy):6.1f} ms ({before / min(busy):,.0f} times less); counted anew in "
+        f"{rebuilt:.1f} s",
         flush=True,
     )
 
@@ -172,9 +168,9 @@ def writers(database: Database, experiment: Experiment, first: int) -> None:
     middle = {way: 1e3 * sorted(found)[len(found) // 2] for way, found in calls.items()}
     written = 4 * 3 * BETWEEN_LOOKS + 400
     print(
-        f"  written: {max(plain):,.0f} events/s without effects, {max(kept):,.0f} with; a report {middle['plain']:.2f} ms "
-        f"without, {middle['kept']:.2f} ms with; {written:,} events ({waiting:,} effects) added up at "
-        f"{written / folding:,.0f} events/s",
+        f"  written: {max(plain):,.0f} events/s without effects, {max(kept):,.0f} with; a report "
+        f"{middle['plain']:.2f} ms without, {middle['kept']:.2f} ms with; {written:,} events "
+        f"({waiting:,} effects) added up at {written / folding:,.0f} events/s",
         flush=True,
     )
 
@@ -183,26 +179,34 @@ def _nothing(*_: object) -> None:
     pass
 
 
+def measure(kind: str, requests: int, *, check: bool) -> None:
+    """Print all figures for one database of so many requests."""
+    with ExitStack() as stack:
+        if kind == "sqlite":
+            url = f"sqlite:///{Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'registry.db'}"
+        else:
+            url = stack.enter_context(new_database())
+        database = Database(url)
+        arms = tuple(Arm(name=arm, target="@base") for arm in "ab")
+        plan = Plan.model_validate({**PLAN, "control": "a"})
+        experiment = Experiments(database).create(plan, Allocation(arms=arms), actor="benchmark")
+        print(f"{kind}: rows made in {seconds(lambda: fill(database, experiment.id, requests)):.0f} s", flush=True)
+        looks(database, experiment, requests)
+        writers(database, experiment, requests + 3 * BETWEEN_LOOKS)
+        if check:
+            print(f"  differences: {Recount(database).check(experiment.id, 1)}", flush=True)
+        database.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--database", nargs="+", default=list(SERIES), choices=list(SERIES))
+    parser.add_argument("--check", action="store_true", help="Hold the sums against all rows at the end.")
     options = parser.parse_args()
     for kind in options.database:
         for requests in options.requests:
-            with ExitStack() as stack:
-                if kind == "sqlite":
-                    url = f"sqlite:///{Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'registry.db'}"
-                else:
-                    url = stack.enter_context(new_database())
-                database = Database(url)
-                arms = tuple(Arm(name=arm, target="@base") for arm in "ab")
-                plan = Plan.model_validate({**PLAN, "control": "a"})
-                experiment = Experiments(database).create(plan, Allocation(arms=arms), actor="benchmark")
-                print(f"{kind}: rows made in {seconds(lambda: fill(database, experiment.id, requests)):.0f} s")  # noqa: B023
-                looks(database, experiment, requests)
-                writers(database, experiment, requests + 3 * BETWEEN_LOOKS)
-                database.close()
+            measure(kind, requests, check=options.check)
 
 
 if __name__ == "__main__":

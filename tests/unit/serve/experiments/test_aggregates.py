@@ -15,9 +15,11 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import serve.registry.aggregates as aggregates
 from lora_runtime.errors import Conflict
+from serve.cli import app
 from serve.experiments.assignment import Kind
 from serve.experiments.definition import Metric
 from serve.experiments.events import Exposure, Outcome, Trial
@@ -328,3 +330,39 @@ def test_what_was_forgotten_is_not_counted_to_nothing(database: Database):
     for recounted in (Recount(database).check, Recount(database).rebuild):
         with pytest.raises(Conflict, match="were forgotten"):
             recounted(experiment.id, 1)
+
+
+def test_the_command_tells_and_mends(database: Database, monkeypatch: pytest.MonkeyPatch):
+    """``loom experiments recount``, as an operator runs it beside the service."""
+    monkeypatch.setenv("LOOM_REGISTRY__URL", database._engine.url.render_as_string(hide_password=False))
+    experiment, trials = made(database, "told"), Trials(database)
+    trials.add([event for n in range(5) for event in exposed_and_asked(experiment.id, n)])
+    EvidenceReader(database).keep_up()
+
+    def recount(*options: str) -> tuple[int, str]:
+        ended = CliRunner().invoke(app, ["experiments", "recount", "told", *options])
+        return ended.exit_code, ended.output
+
+    assert recount() == (0, "Phase 1 of told agrees with its rows.\n")
+    with database.adding() as session:
+        session.execute(sa.delete(UnitSumsRow).where(UnitSumsRow.unit == "u0"))
+    code, said = recount()
+    assert code == 1 and "units: kept 4, counted 5" in said and "does not agree" in said
+    assert recount("--mend")[0] == 0 and recount()[0] == 0
+    assert_right(database, experiment)
+
+
+def test_units_are_read_by_their_whole_key(database: Database):
+    """Also where the database knows nothing of how many there are: else each look would read all units."""
+    experiment, trials = made(database, "many"), Trials(database)
+    trials.add([event for n in range(500) for event in exposed_and_asked(experiment.id, n)])
+    EvidenceReader(database).keep_up()
+    asked: list[tuple[str, object]] = []
+    sa.event.listen(database._engine, "before_cursor_execute", lambda *given: asked.append(given[2:4]))
+    is_sqlite = database._engine.dialect.name == "sqlite"
+    with database.reading() as session:
+        assert len(aggregates.read_units(session, experiment.id, 1, [f"u{n}" for n in range(0, 500, 3)])) == 167
+        statement, values = asked[-1]
+        explain = "EXPLAIN QUERY PLAN " if is_sqlite else "EXPLAIN ANALYZE "
+        plan = "\n".join(str(row[-1]) for row in session.connection().exec_driver_sql(explain + statement, values))
+    assert "unit=?" in plan if is_sqlite else "Index Cond" in plan and "Filter" not in plan, plan

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,3 +59,19 @@ async def test_a_ramp_goes_on_only_where_nothing_speaks_against_it(found: Result
     experiments = Experiments(found)
     await Watch(None, experiments, every_s=1.0).look(RUNNING)  # type: ignore[arg-type]
     assert [said[: len(wanted)] for said, wanted in zip(experiments.done, done, strict=True)] == done
+
+
+async def test_sums_are_kept_up_whatever_becomes_of_one_try():
+    tries = asyncio.Event()
+
+    class Failing(Experiments):
+        async def keep_up(self) -> None:
+            self.done.append("keep up")
+            if len(self.done) == 2:
+                tries.set()
+            raise OSError("the database is away")
+
+    watch = Watch(SimpleNamespace(experiments=[]), Failing(None), every_s=0.01)  # type: ignore[arg-type]
+    watch.start()
+    await asyncio.wait_for(tries.wait(), 10)
+    await watch.stop()
