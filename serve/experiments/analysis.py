@@ -39,6 +39,7 @@ from serve.experiments.statistics import (
     Fixed,
     Sequential,
     effect_of,
+    kurtosis,
     mismatch_p_value,
     unit_variance,
 )
@@ -244,6 +245,7 @@ def _arm(name: str, target: str, share: float, found: ArmEvidence, metrics: list
             observations=moments.x,
             mean=_exp(moments.mean) if metric in LOGARITHMIC else moments.mean,
             variance=unit_variance(moments) if moments.n > 1 else None,
+            kurtosis=kurtosis(moments),
         )
     return ArmResult(
         arm=name,

@@ -24,6 +24,7 @@ DEFAULT_STEPS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
+Limit = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 _ATTRIBUTE = re.compile(r"tenant|has_image|language|(header|metadata)\.[A-Za-z0-9_-]{1,64}")
 
@@ -54,12 +55,28 @@ class Metric(Part):
     ``level``, what its mean is over: ``unit``, of all exposed units, where one without feedback counts as 0 and one
     with several as their sum (of bools: whether any was true); ``request``, of all requests, with 0 for none;
     ``feedback``, of what was reported. The last two are ratios, whose variance is between units.
+
+    ``cap`` and ``floor``: a unit's mean at its level counts as no more, and no less (winsorising at values that are
+    declared before the data). A few very large values decide a mean and hide all else; capped, what they say is
+    bounded, and so is what a difference can be.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")
     kind: Literal["bool", "float"] = "bool"
     direction: Literal["up", "down"] = "up"
     level: Literal["unit", "request", "feedback"] = "feedback"
+    cap: Limit | None = None
+    floor: Limit | None = None
+
+    @model_validator(mode="after")
+    def _limits_of_numbers(self) -> Metric:
+        if self.kind == "bool" and (self.cap is not None or self.floor is not None):
+            raise ValueError("'cap' and 'floor' are for metrics of the kind 'float'")
+        if self.cap is not None and self.floor is not None and self.floor >= self.cap:
+            raise ValueError("'floor' must be below 'cap'")
+        if self.level != "feedback" and not (self.floor or -1.0) <= 0 <= (self.cap or 1.0):
+            raise ValueError("units and requests without feedback count as 0, which must lie from 'floor' to 'cap'")
+        return self
 
 
 class Guardrail(Part):

@@ -22,12 +22,27 @@ COLD = "#cold"
 """Quantities beside the metrics: requests of a unit, and log times of answers that waited for an adapter. No metric's
 name begins so."""
 
-Way = Literal["feedback", "request", "any", "sum"]
-"""How a metric takes a unit's feedback: mean of reports, sum over requests, whether any was true, sum."""
 UnitSums = dict[str, list[int]]
 """By quantity: [Y, x], and of feedback [Y, x, largest Y]."""
 Asked = tuple[str | None, str, bool]
 """Arm, assignment, and whether it counts: what requests are counted by."""
+
+
+class Way(NamedTuple):
+    """How a metric takes a unit's feedback. ``kind``: mean of reports, sum over requests, whether any was true, or sum.
+    ``floor`` and ``cap``: what the unit's mean counts as at least and at most, in units of 2⁻⁸⁰."""
+
+    kind: Literal["feedback", "request", "any", "sum"]
+    floor: int | None = None
+    cap: int | None = None
+
+    def limited(self, y: int, x: int) -> int:
+        """Y of a unit whose mean is within the limits."""
+        y = y if self.cap is None else min(y, self.cap * x)
+        return y if self.floor is None else max(y, self.floor * x)
+
+
+PLAIN = Way("feedback")
 
 
 class Asking(Protocol):
@@ -56,9 +71,10 @@ class Ended(NamedTuple):
 
 
 def way_of(metric: Metric) -> Way:
+    floor, cap = (None if limit is None else fixed(limit) for limit in (metric.floor, metric.cap))
     if metric.level != "unit":
-        return metric.level
-    return "any" if metric.kind == "bool" else "sum"
+        return Way(metric.level, floor, cap)
+    return Way("any" if metric.kind == "bool" else "sum", floor, cap)
 
 
 @dataclass(slots=True)
@@ -126,7 +142,7 @@ class Effects:
         effects = cls(
             exposed=Counter(found["exposed"]),
             asked=Counter({(arm, kind, counts): number for arm, kind, counts, number in found["asked"]}),
-            ways=dict(found["ways"]),
+            ways={metric: Way(*way) for metric, way in found["ways"].items()},
         )
         effects.units.update({(arm, unit): grown for arm, unit, grown in found["units"]})
         return effects
@@ -155,13 +171,13 @@ def merge_sums(sums: UnitSums, grown: UnitSums) -> None:
 def measures(sums: UnitSums, ways: Mapping[str, Way]) -> Iterator[tuple[str, int, int]]:
     """The quantity, Y and x of everything that is measured of a unit."""
     for quantity, found in sums.items():
-        way = ways.get(quantity, "feedback")
-        if way == "feedback":
-            yield quantity, found[0], found[1]
-        elif way == "request":
-            yield quantity, found[0], sums[REQUESTS][1] if REQUESTS in sums else 0
-        else:
-            yield quantity, found[2] if way == "any" else found[0], 1
+        way = ways.get(quantity, PLAIN)
+        y, x = found[0], found[1]
+        if way.kind == "request":
+            x = sums[REQUESTS][1] if REQUESTS in sums else 0
+        elif way.kind != "feedback":
+            y, x = found[2] if way.kind == "any" else y, 1
+        yield quantity, way.limited(y, x), x
 
 
 def _evident(trial: Asking) -> tuple[str, str] | None:

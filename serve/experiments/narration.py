@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from serve.experiments.definition import Plan
-from serve.experiments.results import Results
+from serve.experiments.results import ArmResult, Results
+
+FEW = 10
+"""Units over kurtosis: of so many equal values among zeros the variance is made up. A normal metric has a third of its
+units."""
 
 
 def note_on(results: Results, plan: Plan) -> Results:
     """The same results with their ``note``."""
-    said = " ".join([_verdict(results, plan), *_cautions(results)])
+    said = " ".join([_verdict(results, plan), *_cautions(results, plan)])
     return replace(results, note=said)
 
 
@@ -45,11 +49,25 @@ def _verdict(results: Results, plan: Plan) -> str:
     return "Not decided yet."
 
 
-def _cautions(results: Results) -> list[str]:
+def _cautions(results: Results, plan: Plan) -> list[str]:
+    said = []
     different = [found.metric for found in results.reporting if found.is_different]
-    if not different:
-        return []
-    return [
-        f"The arms' users report {', '.join(different)} unequally often, so that its means are of different users: "
-        "compare it over all units or requests ('level')."
-    ]
+    if different:
+        said.append(
+            f"The arms' users report {', '.join(different)} unequally often, so that its means are of different users: "
+            "compare it over all units or requests ('level')."
+        )
+    metric = plan.metric(results.decision_metric)
+    if metric is not None and metric.kind == "float" and any(_is_carried_by_few(arm, plan) for arm in results.arms):
+        said.append(
+            f"A few units make up most of the variance of {metric.name}, which hides all that the others say: declare "
+            "a 'cap' for it in the next experiment."
+        )
+    return said
+
+
+def _is_carried_by_few(arm: ArmResult, plan: Plan) -> bool:
+    found = arm.metrics[plan.decision_metric]
+    if found.kurtosis is None or found.units < plan.analysis.min_units:
+        return False
+    return found.units / found.kurtosis < FEW

@@ -20,12 +20,14 @@ GuardState = Literal["breached", "kept", "uncertain", "too_few"]
 class MetricResult:
     """One metric in one arm. ``units`` with data, ``observations`` that the mean is over, ``mean`` (of times the
     geometric one, in seconds), and ``variance`` of a unit's contribution: over ``units`` it is the mean's (of times, of
-    logarithms)."""
+    logarithms). ``kurtosis`` of the same, 3 for a normal distribution: where it is near the number of units, one unit
+    makes up the variance."""
 
     units: int
     observations: float
     mean: float | None
     variance: float | None
+    kurtosis: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

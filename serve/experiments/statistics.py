@@ -97,6 +97,12 @@ def unit_variance(moments: Moments) -> float:
     return moments.residuals.square / (moments.n - 1) / (moments.x / moments.n) ** 2
 
 
+def kurtosis(moments: Moments) -> float | None:
+    """n·Σd⁴ / (Σd²)²; None without spread."""
+    square, _, fourth = moments.residuals
+    return moments.n * fourth / square**2 if square else None
+
+
 def effect_of(treatment: Moments, control: Moments, observations: float = 0.0) -> Effect | None:
     """None while either arm has too little to estimate a variance from.
 

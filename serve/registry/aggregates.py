@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
-from serve.experiments.effects import Effects, Ended, UnitSums
+from serve.experiments.effects import Effects, Ended, UnitSums, Way
 from serve.experiments.power_sums import PowerSums
 from serve.experiments.totals import Place, Totals
 from serve.registry.database import Database
@@ -141,7 +141,7 @@ def read_totals(session: Session, experiment: str, phase: int) -> Totals:
         exposed=Counter(counts["exposed"]),
         asked=Counter({(arm, kind, does_count): number for arm, kind, does_count, number in counts["asked"]}),
         switched=counts["switched"],
-        ways=dict(counts["ways"]),
+        ways={metric: Way(*way) for metric, way in counts["ways"].items()},
     )
     wanted = sa.select(ArmSumsRow.arm, ArmSumsRow.quantity, ArmSumsRow.n, ArmSumsRow.sums)
     for arm, quantity, n, sums in session.execute(wanted.where(*of_phase(ArmSumsRow, experiment, phase))):

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from lora_runtime.errors import Conflict
 from serve.experiments.definition import Plan
-from serve.experiments.effects import Effects, Ended, UnitSums, Way, way_of
+from serve.experiments.effects import PLAIN, Effects, Ended, UnitSums, Way, way_of
 from serve.experiments.power_sums import PowerSums
 from serve.experiments.totals import Place, Totals
 from serve.registry.aggregates import (
@@ -182,7 +182,7 @@ def _counted(session: Session, experiment: str, phase: int, keep: Keep) -> Total
         effects = Effects()
         for row in of_unit:
             if row.metric is not None:
-                effects.feedback(row, row.metric, totals.ways.get(row.metric, "feedback"), row.value)
+                effects.feedback(row, row.metric, totals.ways.get(row.metric, PLAIN), row.value)
                 continue
             effects.trial(row)
             if row.status is not None:

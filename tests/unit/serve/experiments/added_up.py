@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -148,7 +148,8 @@ def _feedback(session: Session, experiment: str, phase: int, plan: Plan, arms: d
         "any": (given.c.most, sa.literal(1.0)),
         "sum": (given.c.total, sa.literal(1.0)),
     }
-    sums = [part for both in ways.values() for part in _added_up(*both)]
+    limited = {way: (_limited(y, x, plan.metrics, given.c.metric), x) for way, (y, x) in ways.items()}
+    sums = [part for both in limited.values() for part in _added_up(*both)]
     grouped = sa.select(given.c.arm, given.c.metric, *sums).group_by(given.c.arm, given.c.metric)
     rows = {(arm, name): row for arm, name, *row in session.execute(grouped)}
     for metric in plan.metrics:
@@ -167,6 +168,17 @@ def _feedback(session: Session, experiment: str, phase: int, plan: Plan, arms: d
             arm.metrics[metric.name] = sums_of
 
 
+def _limited(y: Any, x: Any, metrics: Iterable[Metric], name: Any = None) -> Any:
+    """y within what each of ``metrics`` lets a unit's mean count as; ``name``: the column that says which it is."""
+    for metric in metrics:
+        is_mine = sa.true() if name is None else name == metric.name
+        if metric.cap is not None:
+            y = sa.case((sa.and_(is_mine, y > metric.cap * x), metric.cap * x), else_=y)
+        if metric.floor is not None:
+            y = sa.case((sa.and_(is_mine, y < metric.floor * x), metric.floor * x), else_=y)
+    return y
+
+
 def _each_request(session: Session, counting: tuple[Any, ...], metric: Metric) -> dict[str, list[Any]]:
     """Sums by arm where every request counts, as 0 without feedback. Joined row by row, by key: to join what was added
     up, a database that has not looked at its tables lately may compare everything with everything."""
@@ -183,7 +195,9 @@ def _each_request(session: Session, counting: tuple[Any, ...], metric: Metric) -
         .group_by(TrialRow.arm, TrialRow.unit)
         .subquery()
     )
-    wanted = sa.select(units.c.arm, *_added_up(units.c.total, units.c.asked)).group_by(units.c.arm)
+    wanted = sa.select(
+        units.c.arm, *_added_up(_limited(units.c.total, units.c.asked, [metric]), units.c.asked)
+    ).group_by(units.c.arm)
     return {arm: row for arm, *row in session.execute(wanted)}
 
 

@@ -31,6 +31,9 @@ METRICS = (
     Metric(name="score", kind="float"),
     Metric(name="score_each", kind="float", level="request"),
     Metric(name="score_sum", kind="float", level="unit"),
+    Metric(name="capped", kind="float", cap=0.4, floor=-0.1),
+    Metric(name="capped_each", kind="float", level="request", cap=0.15),
+    Metric(name="capped_sum", kind="float", level="unit", cap=1.25, floor=-0.5),
 )
 
 

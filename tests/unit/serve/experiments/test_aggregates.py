@@ -35,6 +35,7 @@ from serve.registry.experiment_tables import (
     FeedbackRow,
     OutcomeRow,
     PhaseSumsRow,
+    SettledRow,
     TrialRow,
     UnitSumsRow,
 )
@@ -306,7 +307,7 @@ def _take_back_0009(url: str) -> None:
     """The database as a release left it that knew no sums."""
     engine = engine_of(url)
     with engine.begin() as connection:
-        for table in (EffectRow, EarlyOutcomeRow, PhaseSumsRow, ArmSumsRow, UnitSumsRow):
+        for table in (EffectRow, EarlyOutcomeRow, PhaseSumsRow, ArmSumsRow, UnitSumsRow, SettledRow):
             connection.execute(sa.text(f"DROP TABLE {table.__tablename__}"))
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '0008'"))
     migrate(engine)

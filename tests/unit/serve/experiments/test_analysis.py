@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from serve.experiments.analysis import results_of
 from serve.experiments.evidence import ArmEvidence, Evidence
@@ -269,3 +270,36 @@ def test_two_constants_differ_as_surely_as_a_permutation_test_says():
     for n, verdict in ((10, "undecided"), (200, "worse")):
         solved = {arm: Moments.of(np.full(n, v), np.ones(n)) for arm, v in (("a", 5.0), ("b", 4.9))}
         assert of(results_of(running, evidence(n, solved=solved), NOW), "solved").verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"cap": 1.0}, "of the kind 'float'"),
+        ({"kind": "float", "cap": 1.0, "floor": 1.0}, "below 'cap'"),
+        ({"kind": "float", "level": "unit", "floor": 0.5}, "must lie from 'floor' to 'cap'"),
+        ({"kind": "float", "level": "request", "cap": -0.5}, "must lie from 'floor' to 'cap'"),
+    ],
+)
+def test_limits_of_a_metric_make_sense(said, message):
+    with pytest.raises(ValueError, match=message):
+        experiment("a", "b", metrics=[{"name": "solved", **said}])
+    experiment("a", "b", metrics=[{"name": "solved", "kind": "float", "floor": 0.5, "cap": 3.0}])
+
+
+def test_a_metric_that_few_units_carry_is_told_of_and_a_cap_mends_it():
+    rng = np.random.default_rng(9)
+    spent = {arm: np.exp(rng.normal(0, 2, 2000)) for arm in "ab"}
+    wide, capped = (
+        {arm: Moments.of(np.minimum(values, cap), np.ones(2000)) for arm, values in spent.items()}
+        for cap in (math.inf, 20.0)
+    )
+    running = experiment("a", "b", metrics=[{"name": "solved", "kind": "float", "level": "unit"}])
+    found = results_of(running, evidence(solved=wide), NOW)
+    assert "A few units make up most of the variance of solved" in found.note
+    arm = found.arms[0].metrics["solved"]
+    assert arm.kurtosis == pytest.approx(scipy.stats.kurtosis(spent["a"], fisher=False), rel=1e-9)
+    mended = results_of(running, evidence(solved=capped), NOW)
+    assert "few units" not in mended.note
+    widths = [results.comparisons[0].high - results.comparisons[0].low for results in (found, mended)]
+    assert widths[1] < widths[0] / 2
