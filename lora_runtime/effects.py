@@ -28,7 +28,7 @@ class Effect:
 
     ``size``: ‖Δ‖/‖W₀‖, of all the adapter's parts of the leaf together at most. ``carried``: ‖W - W₀‖ of what is
     carried in full. ``lost``: ‖(r(W) - r(W₀)) - (W - W₀)‖ of that, where r rounds to the engine's dtype; of a bias
-    alone ‖r(W - W₀) - (W - W₀)‖. ``carried_bytes``: of W as an engine keeps it. ``other_bytes``: of the rest, as stored.
+    alone ‖r(W - W₀) - (W - W₀)‖. ``carried_bytes``: of W as an engine keeps it. ``other_bytes``: of all else.
     """
 
     leaf: str

@@ -10,18 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
-from lora_runtime.checkpoint import fingerprint
+from lora_runtime.checkpoint import fingerprint, read_adapter
 from lora_runtime.engine.embedded.config import EmbeddedConfig
 from lora_runtime.engine.embedded.engine import EmbeddedEngine
 from lora_runtime.export import write_adapter
+from lora_runtime.layout import BaseLayout
 from lora_runtime.merge.job import JobRecipe
 from lora_runtime.merge.planning import Located, Opened, opened
 from lora_runtime.merge.shard import ShardReport, merge_shard
 from lora_runtime.methods import BY_TYPE
 from lora_runtime.names import place_of
 from tests.oracle.methods import METHODS
+from tests.oracle.models import save_adapter, tiny_qwen2vl
 from tests.oracle.small_changes import (
     CONFIGS,
     KEPT,
@@ -136,3 +139,18 @@ async def test_what_is_served_is_what_peft_answers_in_fp32(small: World) -> None
     await engine.start()
     await check_served(engine, small, TARGETS)
     await engine.close()
+
+
+def test_trained_rows_stay_exact_in_a_saved_weight_of_a_narrower_dtype(tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices=[3, 70], modules_to_save=["embed_tokens"]
+    )
+    folder = save_adapter(tiny_qwen2vl, config, tmp_path / "made")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    table = next(key for key in tensors if key.endswith("embed_tokens.token_adapter.base_layer.weight"))
+    (rows,) = (tensor for key, tensor in tensors.items() if key.endswith("trainable_tokens_delta"))
+    save_file(tensors | {table: tensors[table].bfloat16()}, folder / "adapter_model.safetensors")
+    read = read_adapter(folder, BaseLayout.from_model(tiny_qwen2vl()))
+    weight = read.saved["model.language_model.embed_tokens"].parameters["weight"]
+    assert torch.equal(weight[[3, 70]], rows) and not torch.equal(rows, rows.bfloat16().float())
+    assert torch.equal(weight[4:70], tensors[table][4:70].bfloat16().float())
