@@ -6,6 +6,7 @@ that a weight rounded to bf16 on the way loses up to all of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,16 @@ from safetensors.torch import load_file, save_file
 from lora_runtime.checkpoint import fingerprint, read_adapter
 from lora_runtime.engine.embedded.config import EmbeddedConfig
 from lora_runtime.engine.embedded.engine import EmbeddedEngine
+from lora_runtime.errors import VerificationFailed
 from lora_runtime.export import write_adapter
 from lora_runtime.layout import BaseLayout
 from lora_runtime.merge.job import JobRecipe
 from lora_runtime.merge.planning import Located, Opened, opened
 from lora_runtime.merge.shard import ShardReport, merge_shard
+from lora_runtime.merge.verify import check_adapter
 from lora_runtime.methods import BY_TYPE
 from lora_runtime.names import place_of
+from lora_runtime.parameters import BaseParameters
 from tests.oracle.methods import METHODS
 from tests.oracle.models import save_adapter, tiny_qwen2vl
 from tests.oracle.small_changes import (
@@ -154,3 +158,33 @@ def test_trained_rows_stay_exact_in_a_saved_weight_of_a_narrower_dtype(tmp_path:
     weight = read.saved["model.language_model.embed_tokens"].parameters["weight"]
     assert torch.equal(weight[[3, 70]], rows) and not torch.equal(rows, rows.bfloat16().float())
     assert torch.equal(weight[4:70], tensors[table][4:70].bfloat16().float())
+
+
+@pytest.mark.parametrize("name", ["dora", "saved", "tokens"])
+def test_an_adapter_stored_in_bf16_says_how_much_of_its_change_that_takes(
+    small: World, tmp_path: Path, name: str
+) -> None:
+    recipe, found = prepared_job(small, {name: 1.0})
+    weights, base = found.inputs(recipe).merged().weights, BaseParameters(small.base)
+    write_adapter(weights, tmp_path / "exact", found.layout, base_name="small", dtype=torch.float32)
+    assert check_adapter(tmp_path / "exact", found.layout, weights, base)[1] == []
+    write_adapter(weights, tmp_path / "narrow", found.layout, base_name="small", dtype=torch.bfloat16)
+    (said,) = check_adapter(tmp_path / "narrow", found.layout, weights, base)[1]
+    own, merged, stored = own_parameters(small), summed(small, {name: 1.0}), peft_merged(small, tmp_path / "narrow")
+    leaves = {*weights.saved, *weights.token_rows}
+    lost = max(
+        sum(float((stored[p] - merged[p]).square().sum()) for p in of_leaf) ** 0.5
+        / sum(float((merged[p] - own[p]).square().sum()) for p in of_leaf) ** 0.5
+        for of_leaf in ([p for p in own if p.rpartition(".")[0] == leaf] for leaf in leaves)
+    )
+    assert lost > 0.03 and f"up to {lost:.0%} of the change" in said
+
+
+def test_an_adapter_stored_in_fp32_that_was_rounded_before_is_caught(small: World, tmp_path: Path) -> None:
+    """A weight that went through fp16 is within 2e-4 of what was meant, and its change is not."""
+    recipe, found = prepared_job(small, {"dora": 1.0})
+    weights, base = found.inputs(recipe).merged().weights, BaseParameters(small.base)
+    rounded = {leaf: m.in_dtype(torch.float16).in_dtype(torch.float32) for leaf, m in weights.saved.items()}
+    write_adapter(replace(weights, saved=rounded), tmp_path / "rounded", found.layout, base_name="small")
+    with pytest.raises(VerificationFailed, match=r"of what changes in '.*' \d+% is lost"):
+        check_adapter(tmp_path / "rounded", found.layout, weights, base)
