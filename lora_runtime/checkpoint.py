@@ -42,7 +42,7 @@ def read_adapter(path: str | Path, layout: BaseLayout, materialiser: Materialise
     """The adapter in the folder ``path``, checked against ``layout``. Tensors stay memory-mapped, as stored.
 
     An adapter of a method other than LoRA needs the ``materialiser``, and has the modules it changes as saved
-    ones, in memory of their own.
+    ones, in memory of their own and in the materialiser's dtype.
 
     Raises AdapterMissing for absent files, else the subclass of AdapterRejected that fits, with every
     problem of its kind in one message.
@@ -119,6 +119,16 @@ class OpenedAdapter:
         """How PEFT trained it."""
         return self._assembly.method
 
+    @cached_property
+    def materialised(self) -> frozenset[str]:
+        """Leaves that a method other than LoRA changes."""
+        return self._assembly.materialised()
+
+    def check_affordable(self, materialiser: Materialiser) -> None:
+        """Raise UnsupportedAdapter where what is made of the base, all together, is more than ``materialiser`` may
+        keep; :meth:`weights` looks only at what it is asked for."""
+        self._assembly.check_affordable(materialiser)
+
     def weights(self, only: Collection[str] | None = None) -> AdapterWeights:
         """All of it, or what it does to the leaves ``only``, without heads then."""
         return self._assembly.weights(self.version, self._materialiser, only)
@@ -142,6 +152,13 @@ class _Assembly(Reading):
 
     def heads(self) -> dict[str, Head]:
         return self._heads
+
+    def materialised(self) -> frozenset[str]:
+        return frozenset(self._placed.method)
+
+    def check_affordable(self, materialiser: Materialiser) -> None:
+        if self._config.method is not None:
+            materialiser.check_affordable(self._placed.method, self._layout, self._config.method.name)
 
     def ranks(self) -> dict[str, int]:
         return {leaf: factors.rank for leaf, factors in self._lora.items()}
@@ -231,7 +248,7 @@ class _Assembly(Reading):
                 modules=both,
             )
         materialiser.check_affordable(targeted, self._layout, method.name)
-        found = {}
+        found: dict[str, SavedModule] = {}
         for name, tensors in targeted.items():
             # PEFT writes an embedding's own weight beside what it trained, and loads that instead of the base's.
             carried = saved.get(name, NOT_SAVED).parameters
@@ -239,7 +256,7 @@ class _Assembly(Reading):
                 parameter: carried[parameter] if parameter in carried else materialiser.base(name, parameter)
                 for parameter in self._layout.leaves[name].parameters
             }
-            found[name] = self._layer(name).merged(tensors, own)
+            found[name] = self._layer(name).merged(tensors, own).in_dtype(materialiser.dtype)
         return found
 
     @cached_property
@@ -264,10 +281,11 @@ class _Assembly(Reading):
 
 
 def _with_rows(saved: SavedModule, rows: TokenRows) -> SavedModule:
-    """PEFT's trained rows replace those of the weight that the adapter carries in full."""
-    weight = saved.parameters["weight"].clone()
-    weight[rows.indices] = rows.rows.to(weight.dtype)
-    return SavedModule(parameters={**saved.parameters, "weight": weight})
+    """PEFT's trained rows replace those of the weight that the adapter carries in full. Neither is rounded."""
+    weight = saved.parameters["weight"]
+    dtype = torch.promote_types(weight.dtype, rows.rows.dtype)
+    replaced = weight.to(dtype, copy=True).index_copy_(0, rows.indices, rows.rows.to(dtype))
+    return SavedModule(parameters={**saved.parameters, "weight": replaced})
 
 
 def _label_names(labels: Mapping[str, str], count: int) -> tuple[str, ...]:

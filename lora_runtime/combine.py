@@ -150,6 +150,10 @@ def _sum_saved(name: str, parts: Sequence[tuple[SavedModule, float]], base: Base
 
 
 def _sum_rows(name: str, parts: Sequence[tuple[TokenRows, float]], base: BaseParameter) -> TokenRows:
+    if len(parts) == 1 and parts[0][1] == 1.0:  # itself, as in _blend
+        only = parts[0][0]
+        order = only.indices.argsort()
+        return TokenRows(indices=only.indices[order], rows=only.rows[order].float())
     indices = torch.cat([rows.indices for rows, _ in parts]).unique()
     own = base(name, "weight")[indices].float()
     total = own.clone()
@@ -171,6 +175,9 @@ def _with_rows(factors: LoraFactors, indices: Tensor, change: Tensor) -> LoraFac
 
 
 def _blend(own: Tensor, tensors: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """A fresh tensor. One alone in full weight is itself, not W₀ + (W - W₀), whose last bit may be another."""
+    if len(tensors) == 1 and tensors[0][1] == 1.0:
+        return tensors[0][0].to(torch.float32, copy=True)
     own = own.float()
     return own + _weighted_sum([(tensor.float() - own, weight) for tensor, weight in tensors])
 

@@ -5,15 +5,17 @@ Errors are what serving refuses. Warnings are what serves here and fails, or doe
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from lora_runtime.behaviour import Behaviour
-from lora_runtime.checkpoint import problems_of, read_adapter
+from lora_runtime.checkpoint import OpenedAdapter, problems_of
 from lora_runtime.config import AdapterConfig, read_config
+from lora_runtime.effects import Effect, effect_of, share_lost
 from lora_runtime.errors import AdapterMissing, AdapterRejected, LoomError
 from lora_runtime.findings import Finding
 from lora_runtime.folder import PICKLE_NAME
@@ -22,11 +24,13 @@ from lora_runtime.materialise import Materialiser
 from lora_runtime.names import canonical, listed, shown, spellings, unwrapped
 from lora_runtime.tensor_file import read_tensors
 from lora_runtime.tensor_keys import parse_key
-from lora_runtime.weights import AdapterWeights, BaseParameter, LoraFactors
+from lora_runtime.weights import AdapterWeights
 
 _VOCABULARY_ENDS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.base_layer.weight")
 LARGE = 1.0
 """‖Δ‖/‖W₀‖ above which an adapter replaces what a module knew rather than adding to it."""
+ROUNDED = 0.05
+"""Share of a change in full that an engine's dtype rounds away, above which that is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,31 +46,51 @@ class Diagnosis:
 
 
 def diagnose(path: str | Path, layout: BaseLayout, materialiser: Materialiser) -> Diagnosis:
-    """Examine the adapter in the folder ``path`` against a base. Raises nothing for what the folder holds."""
+    """Examine the adapter in the folder ``path`` against a base. Raises nothing for what the folder holds.
+
+    No engine is known here: what rounding takes is said of one that computes in the base's own dtype.
+    """
     folder = Path(path)
     errors = [_refusal(error) for error in problems_of(folder, layout)]
+    findings: list[Finding] = []
     weights = None
     if not errors:
         try:
-            weights = read_adapter(folder, layout, materialiser)
+            opened = OpenedAdapter(folder, layout, materialiser)
+            weights = opened.weights()
+            dtype = base_dtype(opened, materialiser)
+            effects = [effect_of(leaf, weights, materialiser.base, dtype) for leaf in sorted(weights.modules)]
+            findings = oddities(folder, opened, effects, layout, dtype, is_certain=False)
         except (AdapterRejected, AdapterMissing) as error:
             errors = [_refusal(error)]
-    findings = errors + _vocabulary(folder, layout)
-    if weights is not None:
-        findings += oddities(folder, weights, layout, materialiser.base)
+    findings += errors + _vocabulary(folder, layout)
     return Diagnosis(findings=tuple(sorted(findings, key=_gravity)), weights=weights)
 
 
-def oddities(folder: Path, weights: AdapterWeights, layout: BaseLayout, base: BaseParameter) -> list[Finding]:
-    """Warnings and notes on an adapter that was read. Costs a norm of each of its tensors."""
-    config = read_config(folder)
+def base_dtype(opened: OpenedAdapter, materialiser: Materialiser) -> torch.dtype:
+    """The dtype in which the base holds a weight that the adapter changes."""
+    return next((materialiser.base(leaf, "weight").dtype for leaf in sorted(opened.modules)), torch.float32)
+
+
+def oddities(
+    folder: Path,
+    opened: OpenedAdapter,
+    effects: Sequence[Effect],
+    layout: BaseLayout,
+    dtype: torch.dtype,
+    *,
+    is_certain: bool,
+) -> list[Finding]:
+    """Warnings and notes on an adapter that was read. ``effects``: on each leaf, in an engine that computes in
+    ``dtype``. ``is_certain``: that is the dtype of the engine that serves it, rather than a likely one."""
     return [
         *_names(folder, layout),
-        *_effect(weights, base),
-        *_tied(weights, layout),
-        *_saved_names(config, layout),
+        *_effect(effects, opened),
+        *_rounded(effects, dtype, is_certain=is_certain),
+        *_tied(opened, layout),
+        *_saved_names(read_config(folder), layout),
         *_files(folder),
-        *_method(weights),
+        *_method(opened, effects),
     ]
 
 
@@ -112,11 +136,11 @@ def _names(folder: Path, layout: BaseLayout) -> Iterator[Finding]:
             )
 
 
-def _effect(weights: AdapterWeights, base: BaseParameter) -> Iterator[Finding]:
+def _effect(effects: Sequence[Effect], opened: OpenedAdapter) -> Iterator[Finding]:
     """Parts that do nothing, and parts that do very much."""
-    sizes = dict(_relative_sizes(weights, base))
+    sizes = {effect.leaf: effect.size for effect in effects}
     nothing = sorted(name for name, size in sizes.items() if size == 0.0)
-    if sizes and len(nothing) == len(sizes) and not weights.heads:
+    if sizes and len(nothing) == len(sizes) and not opened.heads:
         yield Finding(
             code="no-op",
             severity="warning",
@@ -144,34 +168,27 @@ def _effect(weights: AdapterWeights, base: BaseParameter) -> Iterator[Finding]:
         )
 
 
-def _relative_sizes(weights: AdapterWeights, base: BaseParameter) -> Iterator[tuple[str, float]]:
-    """‖Δ‖/‖W₀‖ (Frobenius, fp32) of each leaf, all of an adapter's parts of it together at most."""
-    for name in sorted(weights.modules):
-        own = base(name, "weight").float()
-        size = 0.0
-        if name in weights.lora:
-            size += _norm(weights.lora[name])
-        if name in weights.saved:
-            for part, tensor in weights.saved[name].parameters.items():
-                before = own if part == "weight" else base(name, part).float()
-                size += float((tensor.float() - before).norm())
-        if name in weights.token_rows:
-            rows = weights.token_rows[name]
-            size += float((rows.rows.float() - own[rows.indices]).norm())
-        yield name, size / max(float(own.norm()), 1e-12)
+def _rounded(effects: Sequence[Effect], dtype: torch.dtype, *, is_certain: bool) -> Iterator[Finding]:
+    """Weights carried in full whose change is small beside what the engine's dtype can tell apart in them."""
+    lost = sorted((effect for effect in effects if effect.share_lost > ROUNDED), key=lambda one: -one.share_lost)
+    if lost:
+        name = str(dtype).removeprefix("torch.")
+        yield Finding(
+            code="rounded-away",
+            severity="warning" if is_certain else "note",
+            message=f"{f'Served in {name}' if is_certain else f'An engine that computes in {name}'} loses "
+            f"{share_lost(effects):.0%} of what the adapter changes in full weights (norm of the difference, relative "
+            f"to the change): {len(lost)} modules lose more than {ROUNDED:.0%}, {lost[0].leaf} "
+            f"{lost[0].share_lost:.0%}.",
+            advice="Serve it with dtype float32, which loses nothing, or train it as LoRA, whose factors hold small "
+            "changes in any dtype.",
+            modules=tuple(effect.leaf for effect in lost[:64]),
+        )
 
 
-def _norm(factors: LoraFactors) -> float:
-    """‖B·A‖ without the product: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ)."""
-    a, b = factors.a.float(), factors.b.float() * factors.scaling
-    squared = float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0))
-    bias = 0.0 if factors.bias is None else float(factors.bias.float().norm()) * abs(factors.scaling)
-    return math.sqrt(squared) + bias
-
-
-def _tied(weights: AdapterWeights, layout: BaseLayout) -> Iterator[Finding]:
+def _tied(opened: OpenedAdapter, layout: BaseLayout) -> Iterator[Finding]:
     for head, embedding in layout.tied.items():
-        changed = {head, embedding} & weights.modules
+        changed = {head, embedding} & opened.modules
         if len(changed) == 1:
             (only,) = changed
             other = embedding if only == head else head
@@ -234,16 +251,17 @@ def _files(folder: Path) -> Iterator[Finding]:
         )
 
 
-def _method(weights: AdapterWeights) -> Iterator[Finding]:
-    if weights.method != "LORA":
-        size = sum(t.nbytes for module in weights.saved.values() for t in module.parameters.values())
+def _method(opened: OpenedAdapter, effects: Sequence[Effect]) -> Iterator[Finding]:
+    if opened.method != "LORA":
+        carried = [effect for effect in effects if effect.carried_bytes]
+        size = sum(effect.carried_bytes for effect in carried)
         yield Finding(
             code="materialised",
             severity="note",
-            message=f"{weights.method} is served through the {len(weights.saved)} modules it changes, which take "
+            message=f"{opened.method} is served through the {len(carried)} modules it changes, which take "
             f"{size / 1e6:.1f} MB in a slot.",
             advice="LoRA of the same effect takes a small part of that.",
-            modules=tuple(sorted(weights.saved)[:64]),
+            modules=tuple(effect.leaf for effect in carried[:64]),
         )
 
 

@@ -1,12 +1,15 @@
 """What a PEFT method other than LoRA makes of a leaf: PEFT's own layer around the base's weight, merged.
 
-The merged weight is then a saved module like any other. It takes as much memory as the leaf itself, whatever the
-adapter's own size, and is bounded before it is computed.
+The merged weight is then a saved module like any other. PEFT computes it in fp32 from the base's weight as stored, and
+fp32 it stays: in a base's bf16 a third of a small change would be gone. Only who keeps it in a narrower dtype, as an
+engine that computes in one does, rounds it, once. It takes as much memory as the leaf itself, whatever the adapter's
+own size, and is bounded before it is computed.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -29,17 +32,18 @@ MAX_TERMS = 64
 
 @dataclass(frozen=True, slots=True)
 class Materialiser:
-    """The base's own weights, and how many bytes of them one adapter may have changed."""
+    """The base's own weights; ``dtype``, in which what is made of them is kept; and how many bytes of that there may be
+    of one adapter. While a leaf is made, its weight is held in fp32 several times over beside that."""
 
     base: BaseParameter
     max_bytes: int
+    dtype: torch.dtype = torch.float32
 
     def check_affordable(self, names: Iterable[str], layout: BaseLayout, method: str) -> None:
-        """Raise UnsupportedAdapter where the leaves ``names`` are more than ``max_bytes`` of the base."""
+        """Raise UnsupportedAdapter where the leaves ``names`` take more than ``max_bytes`` in ``dtype``."""
         names = sorted(names)
-        wanted = sum(
-            self.base(name, parameter).nbytes for name in names for parameter in layout.leaves[name].parameters
-        )
+        shapes = [shape for name in names for shape in layout.leaves[name].parameters.values()]
+        wanted = self.dtype.itemsize * sum(math.prod(shape) for shape in shapes)
         if wanted > self.max_bytes:
             raise UnsupportedAdapter(
                 f"{method} is served by keeping the weights that it changes: {len(names)} modules of "
@@ -71,7 +75,7 @@ class MethodLayer:
 
     @torch.no_grad()
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> SavedModule:
-        """The leaf's parameters after PEFT merged ``tensors`` into ``base``, in the base's dtype; fp32 inside.
+        """The leaf's parameters in fp32 after PEFT merged ``tensors`` into ``base``, whatever dtypes those have.
 
         ``tensors`` must have the names and shapes of :meth:`shapes`.
         """
@@ -86,7 +90,7 @@ class MethodLayer:
             layer.merge()
         assert not result.unexpected_keys, "shapes() said otherwise"
         found = dict(layer.get_base_layer().named_parameters())
-        changed = {name: found[name].detach().to(own.dtype) for name, own in base.items()}
+        changed = {name: found[name].detach() for name in base}
         if not all(is_finite(tensor) for tensor in changed.values()):
             raise NonFiniteWeights(
                 f"{self._method} makes NaN or infinity of '{shown(self._key)}'; use an earlier checkpoint.",

@@ -65,9 +65,19 @@ class SavedModule:
 
     parameters: Mapping[str, Tensor]
 
+    def in_dtype(self, dtype: torch.dtype) -> SavedModule:
+        """The same, rounded to ``dtype`` where that is narrower."""
+        return SavedModule(parameters={name: tensor.to(dtype) for name, tensor in self.parameters.items()})
+
 
 NOT_SAVED = SavedModule(parameters={})
 """What an adapter carries of a leaf that it leaves alone."""
+
+
+def is_shift(saved: SavedModule) -> bool:
+    """Whether ``saved`` changes a bias alone. Engines keep that as a difference from the base's, which no dtype takes
+    much of, where a weight is kept as a whole."""
+    return set(saved.parameters) == {"bias"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,6 +102,11 @@ class Head:
     weight: Tensor
     bias: Tensor | None
     labels: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors, as stored."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def cloned(self) -> Head:
         """A copy that shares no memory with this one."""

@@ -254,7 +254,7 @@ class MergeSettings(_Section):
 
     ``at_once``: jobs under way together. Each task of one takes ``num_cpus`` and ``resources`` (``{"merge": 1}`` keeps
     merges on nodes that have some). ``max_retries``: of a task whose node or process was lost. ``materialised_bytes``:
-    of the base's weights that an adapter of another method than LoRA may change.
+    of the base's weights, in fp32, that an adapter of another method than LoRA may change.
     """
 
     url: str | None = None

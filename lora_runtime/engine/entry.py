@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_runtime.checkpoint import AdapterOutline, outline_adapter, read_adapter
-from lora_runtime.doctor import oddities
+import torch
+
+from lora_runtime.checkpoint import AdapterOutline, OpenedAdapter, outline_adapter, read_adapter
+from lora_runtime.doctor import base_dtype, oddities
+from lora_runtime.effects import effect_of
 from lora_runtime.engine.protocol import AdapterInfo
 from lora_runtime.errors import ContextOverflow, Overloaded
 from lora_runtime.layout import BaseLayout
 from lora_runtime.materialise import Materialiser
 from lora_runtime.parameters import BaseParameters
-from lora_runtime.weights import AdapterWeights
+from lora_runtime.weights import AdapterWeights, touches_vision
 
 
 class Admission:
@@ -50,6 +54,11 @@ def room_for(prompt_tokens: int, wanted: int | None, limit: int) -> int:
     return limit - prompt_tokens if wanted is None else wanted
 
 
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """torch's dtype of that name, None for None."""
+    return None if name is None else getattr(torch, name)
+
+
 class ThreadedExaminer:
     """Implements :class:`lora_runtime.engine.protocol.Examiner` with a reader, one adapter at a time."""
 
@@ -64,12 +73,17 @@ class ThreadedExaminer:
 class AdapterReader:
     """How one engine reads adapters: against its base, with the limits of its configuration. For any thread."""
 
-    def __init__(self, layout: BaseLayout, base_path: str, max_materialised_bytes: int) -> None:
+    def __init__(
+        self, layout: BaseLayout, base_path: str, max_materialised_bytes: int, dtype: torch.dtype | None = None
+    ) -> None:
+        """``dtype``: what the engine computes in, and keeps weights in; None where that is not known."""
         self._layout = layout
-        self._materialiser = Materialiser(BaseParameters(base_path), max_materialised_bytes)
+        self._dtype = dtype
+        self._materialiser = Materialiser(BaseParameters(base_path), max_materialised_bytes, dtype or torch.float32)
 
     def read(self, path: str | Path) -> AdapterWeights:
-        """The adapter in the folder ``path``. Raises AdapterRejected or AdapterMissing."""
+        """The adapter in the folder ``path``, what is made of the base in the engine's dtype. Raises AdapterRejected
+        or AdapterMissing."""
         return read_adapter(path, self._layout, self._materialiser)
 
     def outline(self, path: str | Path) -> AdapterOutline:
@@ -77,16 +91,26 @@ class AdapterReader:
         return outline_adapter(path, self._layout)
 
     def examine(self, path: str | Path) -> AdapterInfo:
-        """Read and validate the adapter, and say what it holds and what is odd about it. Raises as :meth:`read`."""
-        weights = self.read(path)
+        """Read and validate the adapter, and say what it holds and what is odd about it. Raises as :meth:`read`.
+
+        Goes leaf by leaf, in fp32, so that what the engine's dtype rounds away is seen and little memory is held.
+        """
+        own = self._materialiser
+        opened = OpenedAdapter(path, self._layout, Materialiser(own.base, sys.maxsize))
+        dtype = self._dtype or base_dtype(opened, own)
+        opened.check_affordable(Materialiser(own.base, own.max_bytes, dtype))
+        effects = [effect_of(leaf, opened.weights({leaf}), own.base, dtype) for leaf in sorted(opened.modules)]
         return AdapterInfo(
-            version=weights.version,
-            method=weights.method,
-            num_bytes=weights.num_bytes,
-            max_rank=max((factors.rank for factors in weights.lora.values()), default=0),
-            lora_modules=len(weights.lora),
-            saved_modules=tuple(sorted(weights.saved)),
-            heads={name: head.labels for name, head in weights.heads.items()},
-            touches_vision=weights.touches_vision,
-            findings=tuple(oddities(Path(path), weights, self._layout, self._materialiser.base)),
+            version=opened.version,
+            method=opened.method,
+            num_bytes=sum(e.carried_bytes + e.other_bytes for e in effects)
+            + sum(head.num_bytes for head in opened.heads.values()),
+            max_rank=max(opened.ranks.values(), default=0),
+            lora_modules=len(opened.ranks),
+            saved_modules=tuple(effect.leaf for effect in effects if effect.carried_bytes),
+            heads={name: head.labels for name, head in opened.heads.items()},
+            touches_vision=touches_vision(opened.modules),
+            findings=tuple(
+                oddities(Path(path), opened, effects, self._layout, dtype, is_certain=self._dtype is not None)
+            ),
         )

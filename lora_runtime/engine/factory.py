@@ -39,11 +39,13 @@ def create_examiner(kind: str, options: Mapping[str, Any]) -> Examiner:
     kind, config = _configured(kind, options)
     if kind == "fake":
         return create_engine(kind, options)
-    from lora_runtime.engine.entry import AdapterReader, ThreadedExaminer
+    from lora_runtime.engine.entry import AdapterReader, ThreadedExaminer, dtype_named
     from lora_runtime.layout import BaseLayout
 
     layout = BaseLayout.from_config(config.base_path)
-    return ThreadedExaminer(AdapterReader(layout, config.base_path, config.max_materialised_bytes))
+    return ThreadedExaminer(
+        AdapterReader(layout, config.base_path, config.max_materialised_bytes, dtype_named(config.known_dtype))
+    )
 
 
 def _configured(kind: str, options: Mapping[str, Any]) -> tuple[str, Any]:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from lora_runtime.engine import low_rank, ops
 from lora_runtime.engine.matrix import Matrix
 from lora_runtime.engine.routing import Router, Routing, Space
-from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule, TokenRows
+from lora_runtime.weights import AdapterWeights, LoraFactors, SavedModule, TokenRows, is_shift
 
 LAUNCH_FLOPS = {"cpu": 5e4, "cuda": 5e8}
 """Multiply-adds that one kernel launch is worth, measured roughly; only a choice of path depends on it."""
@@ -99,14 +99,14 @@ class SlotLayer(nn.Module):
 
     def _fill_saved(self, slot: int, saved: SavedModule) -> None:
         like = self.weight
-        parameters = {
+        if is_shift(saved) and self.bias is not None:
+            # The difference is taken before anything is rounded: it may be small beside the bias.
+            self._add_shift(slot, saved.parameters["bias"].to(like.device).float() - self.bias.float())
+            return
+        self._saved[slot] = {
             name: tensor.to(device=like.device, dtype=like.dtype).contiguous()
             for name, tensor in saved.parameters.items()
         }
-        if set(parameters) == {"bias"} and self.bias is not None:
-            self._add_shift(slot, parameters["bias"].float() - self.bias.float())
-        else:
-            self._saved[slot] = parameters
 
     def _add_shift(self, slot: int, shift: Tensor) -> None:
         shift = shift.to(self.weight.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -14,7 +15,7 @@ from lora_runtime.dense import add_into
 from lora_runtime.layout import BaseLayout
 from lora_runtime.merge.adapters import layers_of, weight_of
 from lora_runtime.merge.recipe import EXACT, Recipe
-from lora_runtime.weights import AdapterWeights, BaseParameter
+from lora_runtime.weights import NOT_SAVED, AdapterWeights, BaseParameter
 
 TINY = 1e-30
 CANCELLED = 1e-2
@@ -58,6 +59,27 @@ def distances(one: AdapterWeights, other: AdapterWeights, layout: BaseLayout) ->
             found[name] = float("inf")
         elif ours.bias is not None and theirs.bias is not None:
             found[name] = max(found[name], _relative(ours.bias, theirs.bias))
+    return found
+
+
+def lost_changes(
+    one: AdapterWeights, other: AdapterWeights, layout: BaseLayout, base: BaseParameter
+) -> dict[str, float]:
+    """By leaf that ``one`` carries in full or in rows, ‖other - one‖ relative to ‖one - W₀‖ (Frobenius): what is small
+    beside a weight may be much of what changed of it. Both must change such a leaf. Holds a leaf four times, in fp32.
+    """
+    found: dict[str, float] = {}
+    for leaf in sorted({*one.saved, *one.token_rows} & other.modules):
+        ours, theirs = (_change(weights, layout, leaf) for weights in (one, other))
+        rows = one.token_rows.get(leaf)
+        carried: dict[str, Tensor | slice] = dict.fromkeys(one.saved.get(leaf, NOT_SAVED).parameters, slice(None))
+        if rows is not None:
+            carried.setdefault("weight", rows.indices)
+        apart = change = 0.0
+        for name, at in carried.items():
+            apart = math.hypot(apart, float((theirs[name][at] - ours[name][at]).norm()))
+            change = math.hypot(change, float((ours[name][at] - base(leaf, name)[at].float()).norm()))
+        found[leaf] = apart / max(change, TINY) if apart else 0.0
     return found
 
 

@@ -47,3 +47,5 @@ SEMANTICS: Mapping[str, int] = MappingProxyType(
     }
 )
 """By rule: a number that grows when the same recipe would give another result."""
+FULL_SEMANTICS = 2
+"""The same of what adapters carry in full, which merges alike under every rule. 2: what PEFT merges stays in fp32."""

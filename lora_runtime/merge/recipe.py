@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lora_runtime.merge.methods import SEMANTICS, Convention, Options
+from lora_runtime.merge.methods import FULL_SEMANTICS, SEMANTICS, Convention, Options
 
 MAX_INPUTS = 64
 MAX_PATTERNS = 256
@@ -145,7 +145,7 @@ class Recipe(Part):
         """What the result's values follow from, as JSON: the same whatever the inputs' names and their order."""
         said = self.model_dump(mode="json")
         said["inputs"] = sorted([inputs[found["adapter"]], found["weight"]] for found in said["inputs"])
-        return json.dumps({"recipe": said, "semantics": self.semantics}, sort_keys=True)
+        return json.dumps({"recipe": said, "semantics": self.semantics, "full": FULL_SEMANTICS}, sort_keys=True)
 
 
 def layer_of(leaf: str) -> tuple[str, int] | None:

@@ -105,7 +105,7 @@ def rounding_warnings(reports: Mapping[str, TensorReport]) -> list[str]:
     return [
         f"{len(lost)} of {len(reports)} changed tensors lost more than {LARGE_ROUNDING:.0%} of their change to "
         f"rounding, most of all {shown}. The change is small beside what the dtype can tell apart in the weights: "
-        "keep it as a LoRA, which holds it exactly, or merge into a base stored in fp32."
+        "keep it as an adapter, which holds it in fp32, or merge into a base stored in fp32."
     ]
 
 

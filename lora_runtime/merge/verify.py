@@ -18,13 +18,13 @@ from lora_runtime.dense import add_into
 from lora_runtime.errors import AdapterMissing, AdapterRejected, NotFound, VerificationFailed
 from lora_runtime.layout import BaseLayout
 from lora_runtime.merge.changes import AdapterChanges
-from lora_runtime.merge.expected import distances, expected_of
+from lora_runtime.merge.expected import distances, expected_of, lost_changes
 from lora_runtime.merge.probes import answers, probes_of
 from lora_runtime.merge.reload import check_files, load, load_adapted, load_merged
 from lora_runtime.merge.verdict import ProbeReport, Reference, judged, rounding_warnings, tolerance_of
 from lora_runtime.names import listed
 from lora_runtime.parameters import BaseParameters
-from lora_runtime.weights import AdapterWeights
+from lora_runtime.weights import AdapterWeights, BaseParameter
 
 __all__ = ["ProbeReport", "check_adapter", "expected_of", "rounding_warnings", "verify_adapter", "verify_checkpoint"]
 
@@ -33,7 +33,9 @@ SAME, NEAR = 1e-5, 1e-3
 but for what a merge in fp32 drops as rounding: singular values below 2e-3 of the largest, in the largest matrices."""
 
 
-def check_adapter(result: Path, layout: BaseLayout, expected: AdapterWeights) -> tuple[AdapterWeights, list[str]]:
+def check_adapter(
+    result: Path, layout: BaseLayout, expected: AdapterWeights, base: BaseParameter
+) -> tuple[AdapterWeights, list[str]]:
     """What the PEFT folder ``result`` reads as, and warnings of what its dtype rounds. Needs no model.
 
     Raises VerificationFailed unless it reads at all, finite and complete, and is ``expected`` leaf by leaf.
@@ -44,7 +46,7 @@ def check_adapter(result: Path, layout: BaseLayout, expected: AdapterWeights) ->
         raise VerificationFailed(
             f"The merged adapter cannot be read back: {error.message}", check="read", **error.facts
         ) from error
-    return read, _compare(expected, read, layout)
+    return read, _compare(expected, read, layout, base)
 
 
 def verify_adapter(
@@ -57,7 +59,7 @@ def verify_adapter(
     model in ``dtype`` and the adapter. Raises VerificationFailed, with the report among its facts where there is one.
     """
     tolerance = tolerance_of(dtype)
-    read, warnings = check_adapter(result, BaseLayout.from_config(base_path), expected)
+    read, warnings = check_adapter(result, BaseLayout.from_config(base_path), expected, BaseParameters(base_path))
     # What is stored in a narrower dtype answers as that, and was found above to be near enough to what was meant.
     reference = _reference(base_path, read if warnings else expected, dtype, as_stored=False)
     model: Any = load_adapted(result, base_path, dtype, expected.heads)
@@ -95,10 +97,11 @@ def verify_checkpoint(
     return judged(model, reference, tolerance, warnings, _transformers(), allow_lost=allow_lost)
 
 
-def _compare(expected: AdapterWeights, read: AdapterWeights, layout: BaseLayout) -> list[str]:
+def _compare(expected: AdapterWeights, read: AdapterWeights, layout: BaseLayout, base: BaseParameter) -> list[str]:
     """Warnings of what is rounded. Raises VerificationFailed for what differs by more."""
     found = distances(expected, read, layout)
-    limit = NEAR + max((torch.finfo(t.dtype).eps for t in read.tensors() if t.is_floating_point()), default=0.0)
+    eps = max((torch.finfo(t.dtype).eps for t in read.tensors() if t.is_floating_point()), default=0.0)
+    limit = NEAR + eps
     wrong = sorted((leaf for leaf in found if not found[leaf] <= limit), key=found.__getitem__, reverse=True)
     if wrong:
         raise VerificationFailed(
@@ -107,9 +110,21 @@ def _compare(expected: AdapterWeights, read: AdapterWeights, layout: BaseLayout)
             check="tensors",
             modules=wrong[:64],
         )
-    if (worst := max(found.values(), default=0.0)) > SAME:
-        return [f"What is stored is up to {worst:.2g} of a module away from what was meant: its dtype rounds it."]
-    return []
+    if (worst := max(found.values(), default=0.0)) <= SAME:
+        return []
+    lost = {leaf: share for leaf, share in lost_changes(expected, read, layout, base).items() if found[leaf] > SAME}
+    most = max(lost, key=lost.__getitem__, default="")
+    if most and eps <= SAME and lost[most] > NEAR:
+        raise VerificationFailed(
+            f"The written adapter is not the merged one: of what changes in '{most}' {lost[most]:.0%} is lost, where "
+            "the dtype that it is stored in rounds next to nothing. Write it again.",
+            check="tensors",
+            modules=sorted(lost, key=lost.__getitem__, reverse=True)[:64],
+        )
+    said = f"What is stored is up to {worst:.2g} of a module away from what was meant"
+    if most:
+        said += f", and up to {lost[most]:.0%} of the change of one that is carried in full ('{most}')"
+    return [f"{said}: its dtype rounds it."]
 
 
 def _reference(base_path: Path, expected: AdapterWeights, dtype: torch.dtype, *, as_stored: bool) -> Reference:

@@ -181,7 +181,7 @@ def _assembled(work: Work) -> dict[str, Any]:
                 dtype=getattr(torch, plan.recipe.dtype),
                 said=said,
             )
-            _, warnings = check_adapter(folder, found.layout, merged.weights)
+            _, warnings = check_adapter(folder, found.layout, merged.weights, BaseParameters(found.base.folder))
             files = {file.name: _put(workspace, file, file.name) for file in sorted(folder.iterdir())}
     return {"files": files, "warnings": warnings}
 

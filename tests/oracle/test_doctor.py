@@ -128,6 +128,21 @@ def test_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
     assert codes(examined(idle)) == ["no-op"]
 
 
+def test_parts_that_cancel_change_nothing(tmp_path: Path) -> None:
+    """What fp32 makes of x - x, in ranks of their own, is not 0; the adapter changes nothing all the same."""
+    folder = save_adapter(tiny_qwen2vl, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "made")
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
+
+    def doubled(tensors: dict[str, Tensor], config: dict[str, object]) -> tuple[dict[str, Tensor], dict[str, object]]:
+        both = {
+            name: torch.cat([t, turn @ t]) if "lora_A" in name else torch.cat([t, -(t @ turn.T)], dim=1)
+            for name, t in tensors.items()
+        }
+        return both, {**config, "r": 8, "lora_alpha": 16}
+
+    assert codes(examined(spoilt(folder, tmp_path / "cancelled", doubled))) == ["no-op"]
+
+
 def test_one_end_of_tied_weights(tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
     folder = save_adapter(partial(tiny_qwen2vl, tie=True), config, tmp_path / "tied")

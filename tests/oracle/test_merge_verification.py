@@ -465,4 +465,4 @@ def test_rounding_is_told_with_the_worst_tensors():
     assert rounding_warnings({"a": report(0.1), "b": report(0.2)}) == []
     (said,) = rounding_warnings({"a": report(0.3), "b": report(0.86), "c": report(0.01)})
     assert "2 of 3 changed tensors" in said and "b (86%, 15% of its entries changed), a (30%" in said
-    assert "keep it as a LoRA" in said and "fp32" in said
+    assert "keep it as an adapter" in said and "fp32" in said

@@ -137,7 +137,7 @@ def build_world(root: Path, *, tie: bool = False, qwen2_5: bool = False) -> Worl
 
     ``qwen2_5``: a Qwen2.5-VL, with windowed attention and gated MLPs in its tower, and no classifier.
     """
-    world = World(_write_base(root / "base", tie, qwen2_5), {})
+    world = World(write_base(root / "base", tie, qwen2_5), {})
     configs = {name: LoraConfig(**options) for name, options in FAMILIES.items()} | copy.deepcopy(METHODS)
     for seed, (name, config) in enumerate(configs.items(), start=100):
         if qwen2_5 and not isinstance(config.target_modules, str):
@@ -157,7 +157,7 @@ def build_world(root: Path, *, tie: bool = False, qwen2_5: bool = False) -> Worl
 def greedy(model: nn.Module, prepared: Prepared, count: int) -> tuple[list[int], list[float]]:
     """Token ids and log-probabilities by transformers' own cached decoding, one sequence alone."""
     tokens, logprobs = [], []
-    output = model(**_inputs(model, torch.tensor([prepared.ids]), prepared), use_cache=True)
+    output = model(**model_inputs(model, torch.tensor([prepared.ids]), prepared), use_cache=True)
     for _ in range(count):
         scores = output.logits[0, -1].float().log_softmax(-1)
         tokens.append(int(scores.argmax()))
@@ -169,7 +169,7 @@ def greedy(model: nn.Module, prepared: Prepared, count: int) -> tuple[list[int],
 
 @torch.no_grad()
 def label_probabilities(model: nn.Module, prepared: Prepared) -> list[float]:
-    logits: Tensor = model(**_inputs(model, torch.tensor([prepared.ids]), prepared)).logits[0]
+    logits: Tensor = model(**model_inputs(model, torch.tensor([prepared.ids]), prepared)).logits[0]
     return logits.float().softmax(-1).tolist()
 
 
@@ -186,7 +186,7 @@ def chat(text: str, *images: bytes) -> ChatPrompt:
     return ChatPrompt(messages=(Message(role="user", parts=parts),))
 
 
-def _inputs(model: nn.Module, ids: Tensor, prepared: Prepared) -> dict[str, Tensor]:
+def model_inputs(model: nn.Module, ids: Tensor, prepared: Prepared) -> dict[str, Tensor]:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     inner.model.rope_deltas = None
     inputs = {"input_ids": ids}
@@ -206,7 +206,8 @@ def _write_adapter(model: nn.Module, path: Path, config: PeftConfig, seed: int) 
     return path
 
 
-def _write_base(path: Path, tie: bool, qwen2_5: bool = False) -> Path:
+def write_base(path: Path, tie: bool = False, qwen2_5: bool = False) -> Path:
+    """The base alone, with its tokenizer and preprocessing, in fp32."""
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(path)
     config = (_config_2_5 if qwen2_5 else _config)(tokenizer, tie)

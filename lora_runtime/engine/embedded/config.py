@@ -40,8 +40,15 @@ class EmbeddedConfig:
     prepack: bool = True
 
     @property
+    def known_dtype(self) -> str | None:
+        """What the engine will compute in; None where the machine that it runs on decides."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if self.device == "cpu" else None
+
+    @property
     def max_materialised_bytes(self) -> int:
-        """What one adapter of a method other than LoRA may make of the base."""
+        """What one adapter of a method other than LoRA may make of the base, in the dtype that is computed in."""
         return self.host_cache_bytes
 
     def __post_init__(self) -> None:

@@ -58,7 +58,9 @@ class EmbeddedEngine:
             PREPARE_THREADS, thread_name_prefix="loom-prepare", initializer=threads.compute_alone
         )
         self._counters: Counter[str] = Counter()
-        self._reader = AdapterReader(self._runner.layout, config.base_path, config.max_materialised_bytes)
+        self._reader = AdapterReader(
+            self._runner.layout, config.base_path, config.max_materialised_bytes, self._runner.dtype
+        )
         self._host = HostCache(self._reader, self._executor, config.host_cache_bytes, self._count_load)
         self._loop = StepLoop(
             self._runner,

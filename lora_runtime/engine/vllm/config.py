@@ -53,8 +53,13 @@ class VllmConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def known_dtype(self) -> str | None:
+        """What the engine will compute in; None where vLLM decides."""
+        return None if self.dtype == "auto" else self.dtype
+
+    @property
     def max_materialised_bytes(self) -> int:
-        """What one adapter of a method other than LoRA may make of the base."""
+        """What one adapter of a method other than LoRA may make of the base, in the dtype that is computed in."""
         return self.saved_bytes
 
     def __post_init__(self) -> None:

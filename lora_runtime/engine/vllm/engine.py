@@ -17,7 +17,7 @@ import torch
 
 from lora_runtime.checkpoint import AdapterOutline
 from lora_runtime.engine import threads
-from lora_runtime.engine.entry import AdapterReader, Admission, room_for
+from lora_runtime.engine.entry import AdapterReader, Admission, dtype_named, room_for
 from lora_runtime.engine.heads import select_head
 from lora_runtime.engine.images import ImageProcessor
 from lora_runtime.engine.prompts import Prepared, PromptProcessor
@@ -58,7 +58,7 @@ class VllmEngine:
         names.check_version()
         self._config = config
         self._layout = BaseLayout.from_config(config.base_path)
-        self._reader = AdapterReader(self._layout, config.base_path, config.max_materialised_bytes)
+        self._reader = self._reader_in(dtype_named(config.known_dtype))
         images = ImageProcessor(config.base_path, max_pixels=config.max_image_pixels)
         self._prompts = PromptProcessor(
             config.base_path, images, max_images=config.max_images, rope_index=_no_positions
@@ -118,7 +118,11 @@ class VllmEngine:
         stored = engine.vllm_config.model_config.try_get_generation_config().get("eos_token_id")
         found = [*(stored if isinstance(stored, list) else [stored]), self._prompts.tokenizer.eos_token_id]
         self._eos_ids = frozenset(token for token in found if token is not None)
+        self._reader = self._reader_in(engine.vllm_config.model_config.dtype)
         self._engine = engine
+
+    def _reader_in(self, dtype: torch.dtype | None) -> AdapterReader:
+        return AdapterReader(self._layout, self._config.base_path, self._config.max_materialised_bytes, dtype)
 
     async def examine(self, path: str) -> AdapterInfo:
         loop = asyncio.get_running_loop()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lora_runtime.engine.vllm.sharding import Shard
-from lora_runtime.weights import AdapterWeights, BaseParameter, LoraFactors, SavedModule, TokenRows
+from lora_runtime.weights import AdapterWeights, BaseParameter, LoraFactors, SavedModule, TokenRows, is_shift
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +55,11 @@ class LeafParts:
         return 0 if self.saved is None else sum(tensor.numel() for tensor in self.saved.parameters.values())
 
     def in_dtype(self, dtype: torch.dtype) -> LeafParts:
-        """With what is saved in full converted; factors stay as they are until their scaling is folded in."""
-        if self.saved is None:
+        """With what is saved in full converted; factors stay as they are until their scaling is folded in, and a bias
+        alone until it is a difference from the base's."""
+        if self.saved is None or is_shift(self.saved):
             return self
-        parameters = {name: tensor.to(dtype) for name, tensor in self.saved.parameters.items()}
-        return replace(self, saved=SavedModule(parameters=parameters))
+        return replace(self, saved=self.saved.in_dtype(dtype))
 
 
 def fused(weights: AdapterWeights, leaf: FusedLeaf, base: BaseParameter) -> LeafParts:

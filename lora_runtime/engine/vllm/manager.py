@@ -82,7 +82,7 @@ class SlotManager:
         """Wrap the model's leaves; vLLM calls this once, after its weights are loaded."""
         self._layout = BaseLayout.from_config(self._base_path)
         self._parameters = BaseParameters(self._base_path)
-        self._reader = AdapterReader(self._layout, self._base_path, self._budget)
+        self._reader = AdapterReader(self._layout, self._base_path, self._budget, self._dtype)
         self._leaves = wrap_leaves(model, self._layout, self._router)
         self._heads = HeadLogits(model)
         self._model = model

@@ -287,3 +287,16 @@ def test_the_cheapest_form_is_chosen_by_cost():
     assert chosen([(everyone, 2)]) == "dense"
     factors = {slot: low_rank.Factors(torch.randn(8, 2048), torch.randn(8, 64), (8,)) for slot in range(4)}
     assert chosen([(((slot, 1.0),), 4) for slot in slots]) == "by_slot"
+
+
+@pytest.mark.parametrize("leaf", [nn.Linear(4, 3), nn.LayerNorm(3)], ids=["linear", "norm"])
+def test_a_small_change_of_a_bias_is_no_rounding_of_it(leaf: nn.Module) -> None:
+    """In bf16 1 + 0.001 is 1; sixty-four times the change is still 0.064."""
+    leaf = copy.deepcopy(leaf).to(torch.bfloat16).requires_grad_(False)
+    leaf.bias.fill_(1.0)
+    leaf.weight.fill_(0.0)
+    router = Router()
+    layer = (SlotLinear if isinstance(leaf, nn.Linear) else SlotNorm)(leaf, "text", router)
+    layer.fill(0, None, SavedModule(parameters={"bias": torch.full((3,), 1.001)}), None)
+    router.set(text=Routing([(((0, 64.0),), 2)], device=CPU, dtype=torch.bfloat16))
+    assert layer(torch.zeros(2, leaf.weight.shape[-1], dtype=torch.bfloat16)).eq(1.0625).all()
