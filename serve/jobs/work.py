@@ -255,8 +255,9 @@ def _written(path: Path) -> int:
 
 
 def _node() -> str:
-    """The machine, and the Ray node on it that this is a process of."""
-    return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
+    """The machine, and the Ray node on it that this is a process of, if it is one's."""
+    node = ray.get_runtime_context().get_node_id()[:8] if ray.is_initialized() else "-"
+    return f"{socket.gethostname()}/{node}"
 
 
 def _forget_peak() -> None:
