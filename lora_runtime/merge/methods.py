@@ -31,12 +31,14 @@ TIES and its kin, of trimmed deltas D̂ᵢ with weights wᵢ, entry by entry:
   that all weights negated negate the result, and no entry is larger than the largest D̂ᵢ. Weights are shares of a mean:
   times a constant they change nothing, one adapter alone is sgn(w)·D̂ whatever the size of its weight, and where only
   one adapter has an entry, that entry stays whole. So an adapter with a small weight is not nearly absent; one with
-  weight 0 is. Votes that cancel as far as fp32 can tell elect no sign, as sgn 0 = 0 says in the paper: the entry is 0.
+  weight 0 is. Votes of both signs that cancel as far as fp32 can tell elect none, as sgn 0 = 0 in the paper: the entry
+  is 0.
 - ``mergekit``: as ``loom``, but that a tie elects plus, and that its ``dare_ties`` adds up without dividing. mergekit
   divides by the signed Σwᵢ, which turns one negative weight round and grows without bound where weights of both signs
   cancel; so ``ties`` and ``della`` of this convention take no negative weights.
 - ``peft``: signs are elected by ΣD̂ᵢ, before weighting, a tie elects plus, and what agrees is divided by how many agree.
-  Finite for weights of either sign; weight 0 still votes and is still counted. PEFT has no ``della``.
+  Finite for weights of either sign. (An adapter of weight 0, which PEFT counts, has no part here either.) PEFT has no
+  ``della``.
 
 What is dropped at random is made up for by the density, so that the expectation stays; in mergekit, by the ratio of L1
 norms. DELLA's densities spread over ±ε/2 as in its paper; in mergekit, over ±ε.

@@ -30,11 +30,14 @@ def idle(said: Input, changed: Collection[str]) -> list[str]:
 
 
 def _suggested(pattern: str, known: Collection[str]) -> str:
-    """The pattern with its unknown parts replaced by the nearest known ones, or else the nearest whole names."""
+    """The pattern with its unknown parts replaced by the nearest known ones, or else the nearest ends of names."""
     words = {word for name in known for word in name.split(".")}
     parts = pattern.split(".")
     found = [part if _WILD.search(part) or part in words else next(iter(nearest(part, words)), part) for part in parts]
     if (spelled := ".".join(found)) != pattern and any(fnmatchcase(name, spelled) for name in known):
         return f"Nearest: '{shown(spelled)}'."
-    close = nearest(_WILD.sub("", pattern), known)
-    return f"Nearest: {listed(close)}." if close else f"Modules are named like {listed(sorted(known)[:2])}."
+    if (tail := pattern.lstrip("*.")) and not _WILD.search(tail):
+        ends = {".".join(name.split(".")[-tail.count(".") - 1 :]) for name in known}
+        if close := nearest(tail, ends):
+            return f"Nearest: {listed(map('*.{}'.format, close))}."
+    return f"Modules are named like {listed(sorted(known)[:2])}."

@@ -22,7 +22,7 @@ Statement = Callable[[Array, Array, Options, Array], Array]
 """Deltas (T, M, N), weights (T,), options and numbers drawn evenly from [0, 1) for each entry, to the merged delta."""
 
 ROUNDING = 1e-6
-"""Of the largest entries: votes below it cancel."""
+"""Of the largest entries: votes of both signs that add up to less cancel."""
 SHARED = 1e-4
 """Of the largest: a singular value of directions side by side that is smaller is 0."""
 
@@ -138,7 +138,7 @@ def karcher(d: Array, w: Array, _: Options, __: Array) -> Array:
 def robust_merge(d: Array, w: Array, options: Options, _: Array) -> Array:
     """arXiv 2502.17159, of balanced factors; rules.robust_merge says what is taken from it and what is not."""
     parts = []
-    for delta in d:
+    for delta in d[w != 0]:
         u, s, v = _svd(delta)
         b, a = u * np.sqrt(s), np.sqrt(s)[:, None] * v
         small_b, small_a = _trimmed(b[None], options.density)[0], _trimmed(a[None], options.density)[0]
@@ -147,7 +147,7 @@ def robust_merge(d: Array, w: Array, options: Options, _: Array) -> Array:
         floor = np.sort(lost)[int(0.8 * len(s))] if len(s) else 0.0
         parts.append((small_b, small_a, np.where(after > 0, np.maximum(lost, floor), 0.0)))
     merged = np.zeros(d.shape[1:])
-    for weight, (b, a, scale) in zip(w, parts, strict=True):
+    for weight, (b, a, scale) in zip(w[w != 0], parts, strict=True):
         for i in range(len(scale)):
             total = sum(other[i] for _, _, other in parts if i < len(other))
             if total > 0:
@@ -187,7 +187,8 @@ def _disjoint(d: Array, w: Array, convention: str) -> Array:
     total = votes.sum(0)
     merged: Array = np.where(total >= 0, *means)
     if convention == "loom":
-        merged[np.abs(total) <= ROUNDING * np.abs(votes).max(axis=(1, 2)).sum()] = 0.0
+        plus, minus = (votes > 0).any(axis=0), (votes < 0).any(axis=0)
+        merged[plus & minus & (np.abs(total) <= ROUNDING * np.abs(votes).max(axis=(1, 2)).sum())] = 0.0
     return merged
 
 

@@ -170,8 +170,9 @@ def elected(deltas_TMN: Tensor, weights_T: Tensor, convention: Convention, *, is
     voters = deltas_TMN if convention == "peft" else weighted
     votes = voters.sum(0)
     if convention == "loom":
-        undecided = UNDECIDED * voters.abs().flatten(1).amax(1).sum()
-        elected_sign = torch.where(votes.abs() > undecided, votes.sign(), 0.0)
+        is_close = votes.abs() <= UNDECIDED * voters.abs().flatten(1).amax(1).sum()
+        is_contested = (voters > 0).any(0) & (voters < 0).any(0)
+        elected_sign = torch.where(is_close & is_contested, 0.0, votes.sign())
     else:
         elected_sign = torch.where(votes >= 0, 1.0, -1.0)
     agrees = (voters.sign() == elected_sign) & (voters != 0)
