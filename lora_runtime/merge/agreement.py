@@ -42,13 +42,20 @@ def check_leaf(recipe: Recipe, leaf: str, parts: Parts, found: LoraFactors, core
     """Raise VerificationFailed unless ``found`` is what ``recipe``'s method makes of ``parts``.
 
     ``core``: where it was merged; None for ``cat`` and in the space ``full``, where leaves of more than MAX_VALUES are
-    passed over.
+    passed over. In the core it costs about half as much as the merge of the leaf (18944 x 3584, three adapters of rank
+    16, one core: 10 to 20 ms), in the space ``full`` about twice as much, for the leaves that are checked.
     """
     members = [(_array(factors.b) * factors.scaling, _array(factors.a)) for factors, _ in parts]
     weights = np.array([weight for _, weight in parts]) * recipe.scale
     got = _array(found.b) * found.scaling, _array(found.a)
     probes = np.random.default_rng(zlib.crc32(leaf.encode())).standard_normal((got[1].shape[1], NUM_PROBES))
     size = sum(abs(w) * _norm(b) * _norm(a) for w, (b, a) in zip(weights, members, strict=True))
+    if not all(np.isfinite(factor).all() for factor in got):
+        raise VerificationFailed(
+            f"The merge of '{leaf}' has NaN or infinity: its inputs or its weights are too large for fp32. Lower them.",
+            check="finite",
+            leaf=leaf,
+        )
     _check_bias(recipe, leaf, parts, found)
     if core is not None:
         bases = _array(core.left_MP), _array(core.right_NQ)

@@ -12,6 +12,7 @@ from lora_runtime.errors import AdapterMissing, AdapterRejected, CheckpointRejec
 from lora_runtime.folder import CONFIG_NAME, read_json, tensors_file
 from lora_runtime.layout import BaseLayout
 from lora_runtime.materialise import Materialiser
+from lora_runtime.merge.agreement import MAX_VALUES
 from lora_runtime.merge.base import BaseCheckpoint
 from lora_runtime.merge.changes import check_all_land
 from lora_runtime.merge.inputs import Inputs
@@ -26,6 +27,8 @@ PART_BYTES = 512 << 20
 WORKING_BYTES = 700 << 20
 """What a task needs whatever it merges: its process with torch loaded, and the blocks that pass through."""
 MANIFEST_BYTES = 16 << 20
+CHECK_BYTES = 48
+"""For each entry of the dense deltas of a leaf that is checked against its method's statement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,6 +278,7 @@ def _memory(recipe: JobRecipe, found: Opened, units: Sequence[Unit]) -> int:
     needed = WORKING_BYTES + 4 * factors
     if recipe.space == "full":
         needed += 4 * largest * (3 * len(recipe.inputs) + 4)
+        needed += CHECK_BYTES * min(MAX_VALUES, len(recipe.inputs) * largest)
     if any(adapter.method != "LORA" for adapter in found.adapters.values()):
         needed += 4 * largest * 4
     if recipe.product == "adapter":

@@ -137,6 +137,8 @@ class Recipe(Part):
             raise ValueError("PEFT has no 'della'; leave 'convention' out, or take 'mergekit'")
 
     def _check_weights(self) -> None:
+        if not self.scale:
+            raise ValueError("'scale' is 0, which would leave nothing of what is merged")
         if self.method in ("slerp", "karcher"):
             wrong = [
                 found.adapter

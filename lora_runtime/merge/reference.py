@@ -195,13 +195,13 @@ def _disjoint(d: Array, w: Array, convention: str) -> Array:
 def _svd(delta: Array) -> tuple[Array, Array, Array]:
     """Of numerical rank, as fp32 factors have it."""
     u, s, v = np.linalg.svd(delta, full_matrices=False)
-    rank = int((s > s[0] * max(delta.shape) * 2.0**-23).sum())
+    rank = int((s > s[:1] * max(delta.shape) * 2.0**-23).sum())
     return u[:, :rank], s[:rank], v[:rank]
 
 
 def _whitened(x: Array) -> Array:
     values, vectors = np.linalg.eigh(x.T @ x)
-    there = values > values[-1] * SHARED**2
+    there = values > values[-1:] * SHARED**2
     merged: Array = x @ (vectors[:, there] / np.sqrt(values[there])) @ vectors[:, there].T
     return merged
 

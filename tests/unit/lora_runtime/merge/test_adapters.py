@@ -177,6 +177,7 @@ def test_matrices_of_different_shapes_are_refused():
         ("cat", {"a": 1e9}, {}, "less than or equal"),
         ("cat", {}, {}, "at least 1"),
         ("cat", {"a": 1.0}, {"rank": 4}, "takes no rank"),
+        ("cat", {"a": 1.0}, {"scale": 0}, "leave nothing"),
         ("slerp", {"a": 1.0}, {}, "takes two"),
         ("core_tsv", {"a": 1.0, "b": 1.0}, {"space": "full"}, "leave 'space' out"),
         ("karcher", {"a": 1.0, "b": -1.0}, {}, "above 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_runtime.errors import InvalidCombination
+from lora_runtime.errors import InvalidCombination, VerificationFailed
 from lora_runtime.merge.adapters import generator_of, merge
 from lora_runtime.merge.methods import METHODS_OF, Convention, Options
 from lora_runtime.merge.recipe import Recipe
@@ -252,6 +253,33 @@ def tensors(part: Any) -> list[Tensor]:
     if isinstance(part, SavedModule):
         return list(part.parameters.values())
     return [part.rows, part.indices] if isinstance(part, TokenRows) else [part.weight]
+
+
+@pytest.mark.parametrize("method", sorted({*RULES, "cat", "svd"}))
+@pytest.mark.parametrize("which", ["one", "all"])
+def test_adapters_that_do_nothing_yet_are_merged(method: str, which: str):
+    """Fresh ones, whose B is zero, and one that has the rank of its whole leaf."""
+    adapters = {name: everything(name) for name in "ab"}
+    for name in adapters if which == "all" else "a":
+        nothing = {leaf: replace(f, b=torch.zeros_like(f.b)) for leaf, f in adapters[name].lora.items()}
+        adapters[name] = replace(adapters[name], lora=nothing)
+    if which == "one":
+        (leaf, *_) = adapters["b"].lora
+        square = torch.randn(14, 11, generator=generator_of(5, "b"))
+        whole = replace(adapters["b"].lora[leaf], a=torch.eye(11), b=square)
+        adapters["b"] = replace(adapters["b"], lora={**adapters["b"].lora, leaf: whole})
+    inputs = [{"adapter": name} for name in adapters]
+    got = merge(Recipe.model_validate({"method": method, "inputs": inputs}), adapters, base).weights
+    assert all(bool(factors.delta().any()) is (which == "one") for factors in got.lora.values())
+
+
+def test_what_overflows_is_told_as_that():
+    adapters = {name: everything(name) for name in "ab"}
+    huge = {leaf: replace(f, b=f.b * 1e37, a=f.a * 1e3) for leaf, f in adapters["a"].lora.items()}
+    adapters["a"] = replace(adapters["a"], lora=huge)
+    inputs = [{"adapter": name, "weight": 1e4} for name in adapters]
+    with pytest.raises(VerificationFailed, match="too large for fp32"):
+        merge(Recipe.model_validate({"method": "cat", "inputs": inputs}), adapters, base)
 
 
 @pytest.mark.parametrize("method", ["cat", "linear", "ties", "iso_c"])
