@@ -71,9 +71,7 @@ def test_a_rule_is_what_its_statement_says(
     stacked = deltas(seed, len(weights))
     options = {"density": density, "epsilon": 0.1, "gamma": 0.1, "convention": convention}
     got = apply(rule, stacked, weights, **options)
-    want = STATEMENTS[rule](
-        stacked.numpy(), np.array(weights), Options(**options), drawn(0, "x", tuple(stacked.shape))
-    )
+    want = STATEMENTS[rule](stacked.numpy(), np.array(weights), Options(**options), drawn(0, "x", tuple(stacked.shape)))
     assert near(got, torch.from_numpy(want), 1e-6 * sum(map(abs, weights)))
 
 
