@@ -61,17 +61,17 @@ class Options:
 
 SEMANTICS: Mapping[str, int] = MappingProxyType(
     {
-        "linear": 1,
-        "magnitude_prune": 1,
+        "linear": 2,
+        "magnitude_prune": 2,
         "ties": 2,
         "dare_linear": 3,
         "dare_ties": 3,
         "della": 3,
-        "breadcrumbs": 1,
+        "breadcrumbs": 2,
         "tsv": 2,
-        "iso_c": 1,
-        "robust_merge": 1,
-        "karcher": 1,
+        "iso_c": 2,
+        "robust_merge": 2,
+        "karcher": 2,
     }
 )
 """By rule: a number that grows when the same recipe would give another result."""

@@ -185,7 +185,8 @@ def test_a_division_by_signed_weights_is_found_out(
         weighted = deltas * weights[:, None, None]
         sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
         agrees = weighted.sign() == sign
-        return (weighted * agrees).sum(0) / (weights[:, None, None] * agrees).sum(0)
+        shares = (weights[:, None, None] * agrees).sum(0)
+        return (weighted * agrees).sum(0) / torch.where(shares.abs() < 1e-8, 1.0, shares)
 
     monkeypatch.setattr(merging, "RULES", {**RULES, "ties": replace(RULES["ties"], apply=signed)})
     recipe = recipe_of(inputs, (-1.0,), {"method": "ties", "density": 1.0, "product": product})
