@@ -10,19 +10,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
 
 from lora_runtime.combine import WeightOf, assembled, sum_biases, sum_factors
 from lora_runtime.errors import InvalidCombination
+from lora_runtime.merge.agreement import check_leaf
 from lora_runtime.merge.recipe import Input, Recipe, layer_of
 from lora_runtime.merge.rules import RULES
 from lora_runtime.merge.spaces import Core, Factors, core_of, truncated
 from lora_runtime.weights import AdapterWeights, BaseParameter, LoraFactors
 
 Parts = Sequence[tuple[LoraFactors, float]]
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +72,9 @@ def merge(
         found, reports[leaf] = merge_leaf(recipe, leaf, parts)
         return found
 
+    weighed = [(adapter, weight_of(found, num_layers)) for adapter, found in members]
     weights = assembled(
-        [(adapter, weight_of(found, num_layers)) for adapter, found in members],
+        [(weighing(adapter, weight_at), weight_at) for adapter, weight_at in weighed],
         base,
         merge_factors,
         version=recipe.version({found.adapter: adapter.version for adapter, found in members}),
@@ -84,19 +89,22 @@ def generator_of(seed: int, leaf: str) -> Generator:
 
 
 def merge_leaf(recipe: Recipe, leaf: str, parts: Parts) -> tuple[LoraFactors, LeafReport]:
-    """One leaf's low-rank parts, in the order of their adapters' versions, as one. Raises InvalidCombination."""
+    """One leaf's low-rank parts, in the order of their adapters' versions, as one. Raises InvalidCombination, and
+    VerificationFailed where the result is not what an independent statement of the method says."""
     _check_shapes(leaf, parts)
+    core: Core | None = None
     if recipe.method == "cat":
         found, energy = sum_factors(leaf, [(factors, weight * recipe.scale) for factors, weight in parts]), 1.0
     else:
-        (b, a), energy = _by_rule(recipe, leaf, parts)
+        (b, a), energy, core = _by_rule(recipe, leaf, parts)
         biases = sum_biases([(factors, weight * recipe.scale) for factors, weight in parts])
         found = LoraFactors(a=a, b=b, scaling=1.0, kind=parts[0][0].kind, bias=biases)
+    check_leaf(recipe, leaf, parts, found, core)
     report = LeafReport(inputs=len(parts), rank=found.rank, energy=energy, norm=_norm(found.b, found.a))
     return found, report
 
 
-def _by_rule(recipe: Recipe, leaf: str, parts: Parts) -> tuple[Factors, float]:
+def _by_rule(recipe: Recipe, leaf: str, parts: Parts) -> tuple[Factors, float, Core | None]:
     members = [(factors.b.float() * factors.scaling, factors.a.float()) for factors, _ in parts]
     weights = torch.tensor([weight for _, weight in parts], dtype=torch.float64)
     generator = generator_of(recipe.seed, leaf)
@@ -105,22 +113,38 @@ def _by_rule(recipe: Recipe, leaf: str, parts: Parts) -> tuple[Factors, float]:
     if rank is None and recipe.method == "svd":
         rank = max(factors.rank for factors, _ in parts)
     if recipe.space == "core" or not rule.is_elementwise:
-        core: Core = core_of(members)
+        core = core_of(members)
         merged = rule.apply(core.cores_TPQ, weights, recipe.options, generator)
-        return core.factors(merged * recipe.scale, rank)
+        return *core.factors(merged * recipe.scale, rank), core
     dense = torch.stack([b @ a for b, a in members])
     merged = rule.apply(dense, weights.float(), recipe.options, generator)
-    return truncated(merged * recipe.scale, rank or min(dense.shape[1:]))
+    return *truncated(merged * recipe.scale, rank or min(dense.shape[1:])), None
 
 
 def weight_of(found: Input, num_layers: Mapping[str, int]) -> WeightOf:
     """What an input weighs, by leaf. ``num_layers``: of each stack."""
 
+    @cache
     def weight_at(leaf: str) -> float:
         place = layer_of(leaf)
         return found.weight_at(leaf, 0 if place is None else num_layers[place[0]])
 
     return weight_at
+
+
+def weighing(adapter: AdapterWeights, weight_at: WeightOf) -> AdapterWeights:
+    """What of ``adapter`` takes part: all leaves and heads where its weight is not 0."""
+    return replace(
+        adapter,
+        lora=_where(adapter.lora, weight_at),
+        saved=_where(adapter.saved, weight_at),
+        token_rows=_where(adapter.token_rows, weight_at),
+        heads=_where(adapter.heads, weight_at),
+    )
+
+
+def _where(parts: Mapping[str, Part], weight_at: WeightOf) -> dict[str, Part]:
+    return {name: part for name, part in parts.items() if weight_at(name)}
 
 
 def layers_of(leaves: Iterable[str]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_runtime.combine import WeightOf, assembled, sum_factors
 from lora_runtime.dense import add_into
 from lora_runtime.layout import BaseLayout
-from lora_runtime.merge.adapters import layers_of, weight_of
+from lora_runtime.merge.adapters import layers_of, weighing, weight_of
 from lora_runtime.merge.recipe import EXACT, Recipe
 from lora_runtime.weights import NOT_SAVED, AdapterWeights, BaseParameter
 
@@ -40,8 +40,9 @@ def expected_of(
     members: list[tuple[AdapterWeights, WeightOf]] = []
     for adapter, found in inputs:
         weight = weight_of(found, num_layers)
-        members.append((AdapterWeights(version=adapter.version, lora=adapter.lora), _times(recipe.scale, weight)))
-        members.append((replace(adapter, lora={}), weight))
+        part = weighing(adapter, weight)
+        members.append((AdapterWeights(version=adapter.version, lora=part.lora), _times(recipe.scale, weight)))
+        members.append((replace(part, lora={}), weight))
     return assembled(members, base, sum_factors, version=merged.version)
 
 

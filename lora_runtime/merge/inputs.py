@@ -17,7 +17,7 @@ from lora_runtime.layout import BaseLayout
 from lora_runtime.merge.adapters import LeafReport, Merged, layers_of, merge, merge_leaf, weight_of
 from lora_runtime.merge.changes import Change, Place
 from lora_runtime.merge.recipe import Recipe
-from lora_runtime.weights import NOT_SAVED, AdapterWeights, BaseParameter, TokenRows
+from lora_runtime.weights import NOT_SAVED, AdapterWeights, BaseParameter, LoraFactors, TokenRows
 
 
 class Inputs:
@@ -38,8 +38,9 @@ class Inputs:
         self._num_layers = layers_of(every)
         # By content: an order that the recipe's own does not change.
         members = sorted(((opened[found.adapter], found) for found in recipe.inputs), key=lambda m: m[0].version)
+        self._weights = {found.adapter: weight_of(found, self._num_layers) for found in recipe.inputs}
         self._members: list[tuple[OpenedAdapter, WeightOf]] = [
-            (adapter, weight_of(found, self._num_layers)) for adapter, found in members
+            (adapter, self._weights[found.adapter]) for adapter, found in members
         ]
         self.leaves: dict[str, LeafReport] = {}
 
@@ -50,9 +51,9 @@ class Inputs:
 
     @cached_property
     def places(self) -> frozenset[Place]:
-        """Every parameter that changes. A tied head whose change is its embedding's is not among them: it has no
-        tensor of its own, and follows."""
-        found = frozenset(place for adapter in self._opened.values() for place in adapter.places)
+        """Every parameter that changes: those where some adapter's weight is not 0. A tied head whose change is its
+        embedding's is not among them: it has no tensor of its own, and follows."""
+        found = frozenset(place for adapter, of in self._members for place in adapter.places if of(place[0]))
         return found - {(head, "weight") for head in self._layout.tied if head not in self.torn}
 
     @cached_property
@@ -68,9 +69,22 @@ class Inputs:
         }
         return merge(self._recipe, weights, self._base, num_layers=self._num_layers)
 
+    def parts(self, leaf: str) -> dict[str, tuple[LoraFactors, float]]:
+        """Low-rank parts of a leaf and their weights, where those are not 0, by the inputs' names."""
+        return {
+            name: (adapter.weights({leaf}).lora[leaf], weight)
+            for name, adapter in sorted(self._opened.items(), key=lambda item: item[1].version)
+            if leaf in adapter.ranks and (weight := self.weight(name, leaf))
+        }
+
+    def weight(self, name: str, leaf: str) -> float:
+        """Of the input ``name`` at a leaf or head."""
+        return self._weights[name](leaf)
+
     def at(self, place: Place) -> Change:
         leaf, parameter = place
-        members = [(adapter.weights({leaf}), of(leaf)) for adapter, of in self._members if leaf in adapter.modules]
+        there = [(adapter, of(leaf)) for adapter, of in self._members if leaf in adapter.modules and of(leaf)]
+        members = [(adapter.weights({leaf}), weight) for adapter, weight in there]
         carried = [(member.saved.get(leaf, NOT_SAVED).parameters.get(parameter), weight) for member, weight in members]
         full = tuple((tensor, weight) for tensor, weight in carried if tensor is not None)
         parts = [(member.lora[leaf], weight) for member, weight in members if leaf in member.lora]

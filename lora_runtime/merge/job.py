@@ -11,9 +11,10 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lora_runtime.errors import MergeRefused
+from lora_runtime.merge.methods import METHODS_OF
 from lora_runtime.merge.recipe import EXACT, Part, Recipe
 from lora_runtime.merge.search import Search
 
@@ -125,6 +126,19 @@ class Plan(Part):
     probe_bytes: int
     warnings: tuple[str, ...] = ()
     search: dict[str, Any] | None = None
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _of_an_earlier_release(cls, recipe: Any) -> Any:
+        """Plans that were kept before options without effect were left out have all of them, at their defaults."""
+        if not isinstance(recipe, dict):
+            return recipe
+        fields, method = JobRecipe.model_fields, recipe.get("method")
+        return {
+            name: value
+            for name, value in recipe.items()
+            if method in METHODS_OF.get(name, (method,)) or value != fields[name].default
+        }
 
     @property
     def id(self) -> str:

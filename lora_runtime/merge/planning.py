@@ -6,15 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_runtime.checkpoint import OpenedAdapter, problems_of
+from lora_runtime.checkpoint import OpenedAdapter
+from lora_runtime.checkpoint import problems_of as problems_in
 from lora_runtime.errors import AdapterMissing, AdapterRejected, CheckpointRejected, LoomError
 from lora_runtime.folder import CONFIG_NAME, read_json, tensors_file
 from lora_runtime.layout import BaseLayout
 from lora_runtime.materialise import Materialiser
+from lora_runtime.merge.agreement import MAX_VALUES
 from lora_runtime.merge.base import BaseCheckpoint
 from lora_runtime.merge.changes import check_all_land
 from lora_runtime.merge.inputs import Inputs
 from lora_runtime.merge.job import JobRecipe, Plan, PlannedBase, PlannedInput, Unit, refused
+from lora_runtime.merge.patterns import idle, unmatched
+from lora_runtime.merge.relations import Relations, bias_warnings, problems_of, relations, warnings_of
 from lora_runtime.names import listed
 from lora_runtime.parameters import BaseParameters
 
@@ -23,6 +27,8 @@ PART_BYTES = 512 << 20
 WORKING_BYTES = 700 << 20
 """What a task needs whatever it merges: its process with torch loaded, and the blocks that pass through."""
 MANIFEST_BYTES = 16 << 20
+CHECK_BYTES = 48
+"""For each entry of the dense deltas of a leaf that is checked against its method's statement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +64,7 @@ def opened(base_path: str | Path, located: Sequence[Located], *, max_materialise
         try:
             found = OpenedAdapter(one.folder, layout, materialiser)
         except (AdapterRejected, AdapterMissing):
-            problems += [f"'{one.adapter}': {problem.message}" for problem in problems_of(one.folder, layout)]
+            problems += [f"'{one.adapter}': {problem.message}" for problem in problems_in(one.folder, layout)]
             continue
         if found.version != one.version:
             problems.append(f"'{one.adapter}' has other content than when it was registered: its files were changed.")
@@ -75,6 +81,11 @@ def plan_of(
     inputs = found.inputs(recipe)
     planned = [_input(one, found.adapters[one.adapter]) for one in located]
     problems = _problems(recipe, planned, found, inputs)
+    ranks = _ranks(recipe, found, inputs)
+    seen = Relations()
+    if recipe.search is None and not problems:
+        seen = relations(recipe, inputs, found.layout, ranks)
+        problems = problems_of(recipe, seen, is_all=_is_low_rank(found, inputs, ranks))
     if problems:
         raise refused(problems)
     base = PlannedBase(
@@ -97,7 +108,11 @@ def plan_of(
         disk_bytes=(1 if is_checkpoint else 2) * output_bytes + MANIFEST_BYTES,
         memory_bytes=_memory(recipe, found, units),
         probe_bytes=_probe_bytes(found) if recipe.verify.probes else 0,
-        warnings=tuple(_warnings(recipe, found, planned)),
+        warnings=(
+            *_warnings(recipe, found, planned),
+            *warnings_of(recipe, seen),
+            *(() if is_checkpoint else bias_warnings(recipe, inputs, found.layout, ranks)),
+        ),
     )
 
 
@@ -117,10 +132,13 @@ def _problems(recipe: JobRecipe, planned: Sequence[PlannedInput], found: Opened,
             f"'{twice.adapter}' and '{same[twice.version]}' are one content under two names; add their weights up."
         )
     places = inputs.places
-    if not places and not any(adapter.heads for adapter in found.adapters.values()):
+    heads = [(name, head) for name, adapter in found.adapters.items() for head in adapter.heads]
+    if not heads and not any(adapter.modules for adapter in found.adapters.values()):
         problems.append("The adapters change nothing.")
-    if recipe.search is None and all(not weight for weight in recipe.constant_weights()):
-        problems.append("Every weight is 0, so that the result would be the base.")
+    elif recipe.search is None and not places and not any(inputs.weight(*head) for head in heads):
+        problems.append("Every weight is 0 where its adapter changes anything: the result would be the base.")
+    known = {*found.layout.leaves, *(head for _, head in heads)}
+    problems += [problem for said in recipe.inputs for problem in unmatched(said, known)]
     if unknown := found.base.unknown(found.layout.leaves):
         problems.append(
             f"The base's checkpoint holds tensors that its configuration's model lacks: {listed(unknown)}. "
@@ -143,6 +161,23 @@ def _problems(recipe: JobRecipe, planned: Sequence[PlannedInput], found: Opened,
                 "made of."
             )
     return problems
+
+
+def _ranks(recipe: JobRecipe, found: Opened, inputs: Inputs) -> dict[str, list[int]]:
+    """Of the low-rank parts that are merged, by leaf."""
+    ranks: dict[str, list[int]] = {}
+    for name, adapter in found.adapters.items():
+        for leaf, rank in adapter.ranks.items():
+            if recipe.search is not None or inputs.weight(name, leaf):
+                ranks.setdefault(leaf, []).append(rank)
+    return ranks
+
+
+def _is_low_rank(found: Opened, inputs: Inputs, ranks: Mapping[str, Sequence[int]]) -> bool:
+    """Whether the merge is low-rank parts of several adapters in each leaf, without biases, and nothing else."""
+    heads = any(inputs.weight(name, head) for name, adapter in found.adapters.items() for head in adapter.heads)
+    changed = inputs.places | {(leaf, "weight") for leaf in found.layout.tied if leaf in ranks}
+    return not heads and changed == {(leaf, "weight") for leaf, each in ranks.items() if len(each) > 1}
 
 
 def _of_bases(recipe: JobRecipe, planned: Sequence[PlannedInput]) -> list[str]:
@@ -243,6 +278,7 @@ def _memory(recipe: JobRecipe, found: Opened, units: Sequence[Unit]) -> int:
     needed = WORKING_BYTES + 4 * factors
     if recipe.space == "full":
         needed += 4 * largest * (3 * len(recipe.inputs) + 4)
+        needed += CHECK_BYTES * min(MAX_VALUES, len(recipe.inputs) * largest)
     if any(adapter.method != "LORA" for adapter in found.adapters.values()):
         needed += 4 * largest * 4
     if recipe.product == "adapter":
@@ -261,6 +297,10 @@ def _warnings(recipe: JobRecipe, found: Opened, planned: Sequence[PlannedInput])
         for one in planned
         if one.method != "LORA"
     ]
+    for said in recipe.inputs:
+        adapter = found.adapters[said.adapter]
+        if unused := idle(said, {*adapter.modules, *adapter.heads}):
+            warnings.append(f"'{said.adapter}' changes no module that {listed(unused)} decides about.")
     total = sum(one.max_rank for one in planned)
     if recipe.method == "svd" and (recipe.rank or max(one.max_rank for one in planned)) < total:
         warnings.append("A truncated merge loses what its rank cannot hold; the report says how much of each leaf.")

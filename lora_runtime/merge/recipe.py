@@ -6,11 +6,18 @@ import hashlib
 import json
 import re
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from lora_runtime.merge.methods import FULL_SEMANTICS, SEMANTICS, Convention, Options
+from lora_runtime.merge.methods import FULL_SEMANTICS, METHODS_OF, SEMANTICS, Convention, Options
 
 MAX_INPUTS = 64
 MAX_PATTERNS = 256
@@ -57,16 +64,22 @@ ByModules = Annotated[tuple[ModuleWeight, ...], Field(fail_fast=True, max_length
 
 class Input(Part):
     """An adapter and its weight: a number; several, spread evenly over the layers from first to last; or by modules,
-    the first that matches (1 where none does). Leaves outside of any layer take a spread's first number."""
+    the first that matches (1 where none does). Leaves outside of any layer take a spread's first number. Where its
+    weight is 0, an adapter has no part in the merge, whatever the method."""
 
     adapter: str = Field(min_length=1, max_length=4096)
     weight: Number | Gradient | ByModules = 1.0
 
+    @property
+    def by_modules(self) -> tuple[ModuleWeight, ...]:
+        """Its weights by modules; none where it has one weight for all, or one for each layer."""
+        weight = self.weight if isinstance(self.weight, tuple) else ()
+        return tuple(part for part in weight if isinstance(part, ModuleWeight))
+
     def weight_at(self, leaf: str, num_layers: int) -> float:
         """``num_layers`` of the stack that ``leaf`` is in."""
         weight = self.weight
-        if isinstance(weight, tuple) and weight and isinstance(weight[0], ModuleWeight):
-            by_modules = [part for part in weight if isinstance(part, ModuleWeight)]
+        if by_modules := self.by_modules:
             weight = next((part.weight for part in by_modules if fnmatchcase(leaf, part.modules)), 1.0)
         if isinstance(weight, float | int):
             return float(weight)
@@ -81,7 +94,8 @@ class Recipe(Part):
 
     What the method makes of low-rank parts counts ``scale`` times (λ of the papers). It is of ``rank`` at most where
     the method is not exact: if none is given, the largest of the inputs' for ``svd``, and otherwise all that there is.
-    Everything random follows from ``seed`` and from the tensor's name.
+    Everything random follows from ``seed`` and from the tensor's name. Options that have no effect on the method are
+    refused where they are set, and are no part of what is dumped.
     """
 
     method: Method
@@ -104,15 +118,51 @@ class Recipe(Part):
             raise ValueError(f"'{self.method}' is exact and takes no rank; 'svd' is the same at a rank")
         if self.method == "slerp" and len(self.inputs) != 2:
             raise ValueError("'slerp' takes two adapters; 'karcher' is the same for more")
-        if self.method in ("slerp", "karcher") and any(value <= 0 for value in self.constant_weights()):
-            raise ValueError(f"'{self.method}' is a mean, and takes weights above 0 only")
-        if self.method == "core_tsv" and self.space != "core":
-            raise ValueError("'core_tsv' is 'tsv' in the core space; leave 'space' out")
+        self._check_options()
+        self._check_weights()
         spread = self.epsilon / (1 if self.convention == "mergekit" else 2)
         if self.method == "della" and self.density < 1 and not spread < min(self.density, 1 - self.density):
             half = "" if self.convention == "mergekit" else "/2"
             raise ValueError(f"'epsilon' must be small enough that density ± epsilon{half} stays between 0 and 1")
         return self
+
+    def _check_options(self) -> None:
+        if self.method == "core_tsv" and self.space != "core":
+            raise ValueError("'core_tsv' is 'tsv' in the core space; leave 'space' out")
+        for option, methods in METHODS_OF.items():
+            if option in self.model_fields_set and self.method not in methods:
+                having = ", ".join(methods)
+                raise ValueError(f"'{option}' has no effect on '{self.method}', but on {having}; leave it out")
+        if self.method == "della" and self.convention == "peft":
+            raise ValueError("PEFT has no 'della'; leave 'convention' out, or take 'mergekit'")
+
+    def _check_weights(self) -> None:
+        if not self.scale:
+            raise ValueError("'scale' is 0, which would leave nothing of what is merged")
+        if self.method in ("slerp", "karcher"):
+            wrong = [
+                found.adapter
+                for found in self.inputs
+                if any(value < 0 for value in _values(found)) or (not found.by_modules and 0 in _values(found))
+            ]
+            if wrong:
+                raise ValueError(
+                    f"'{self.method}' is a mean, and takes weights above 0 only, or 0 for some modules: '{wrong[0]}'"
+                )
+        if self.convention == "mergekit" and self.method in ("ties", "della"):
+            negative = [found.adapter for found in self.inputs if any(value < 0 for value in _values(found))]
+            if negative:
+                raise ValueError(
+                    f"'{self.method}' as mergekit does it divides by the signed sum of weights, which turns a negative "
+                    f"one round or grows without bound: '{negative[0]}' has one. The convention 'loom' divides by the "
+                    "sum of their sizes, and is the same where all are positive"
+                )
+
+    @model_serializer(mode="wrap")
+    def _said(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what has no effect, so that what was dumped can be read again."""
+        said: dict[str, Any] = dumped(self)
+        return {name: value for name, value in said.items() if self.method in METHODS_OF.get(name, (self.method,))}
 
     def constant_weights(self) -> list[float]:
         """Every number that any input's weight is made of."""

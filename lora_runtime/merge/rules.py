@@ -14,10 +14,19 @@ from types import MappingProxyType
 import torch
 from torch import Generator, Tensor
 
+from lora_runtime.errors import InvalidCombination
 from lora_runtime.merge import sparsify
 from lora_runtime.merge.methods import Convention, Options
 
 Apply = Callable[[Tensor, Tensor, Options, Generator], Tensor]
+UNDECIDED = 1e-6
+"""Of the largest entries together: votes that add up to less cancel, as far as fp32 factors can tell."""
+MERGEKITS_LEAST = 1e-8
+"""A sum of weights that mergekit does not divide by."""
+OPPOSITE = 1e-6
+"""How near to -1 a cosine is, or to 0 the length of a mean, where a direction is rounding."""
+DEPENDENT = 1e-4
+"""Singular values of directions side by side, relative to the largest, below which one is in the span of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +94,11 @@ def tsv(deltas_TMN: Tensor, weights_T: Tensor, _: Options, __: Generator) -> Ten
     Û·diag(S)·V̂ᵀ with Û the orthogonal matrix nearest to [U₁ … U_T] (Procrustes), V̂ likewise. A weight scales its
     task's singular values, a negative one turns its left vectors round. 1/T is of the tasks' ranks together, so that
     the space does not matter.
+
+    Where tasks share directions, no orthogonal matrix is nearest; Û is the partial isometry of the polar decomposition
+    then, the part of it that is determined. So equal tasks are averaged: two of D with weight 1 make D.
     """
-    num_tasks, rows, columns = deltas_TMN.shape
-    parts = [_directions(delta) for delta in deltas_TMN]
-    width = max(1, min(sum(len(s) for _, s, _ in parts), rows, columns) // num_tasks)
+    parts, width = _strongest(deltas_TMN)
     left = _orthogonal(
         torch.cat([u[:, :width] * (-1.0 if w < 0 else 1.0) for (u, _, _), w in zip(parts, weights_T, strict=True)], 1)
     )
@@ -109,6 +119,7 @@ def karcher(deltas_TMN: Tensor, weights_T: Tensor, _: Options, __: Generator) ->
     """The mean on the sphere of directions, times the weighted mean of the norms.
 
     x ← exp_x(Σ wᵢ·log_x(xᵢ)) until it stays (Karcher 1977), weights made to sum to 1. Of two deltas it is slerp.
+    Raises InvalidCombination for opposite directions, which have no mean.
     """
     norms = deltas_TMN.flatten(1).norm(dim=1)
     there = (norms > 0) & (weights_T != 0)
@@ -150,19 +161,28 @@ def robust_merge(deltas_TMN: Tensor, weights_T: Tensor, options: Options, _: Gen
 
 
 def elected(deltas_TMN: Tensor, weights_T: Tensor, convention: Convention, *, is_divided: bool = True) -> Tensor:
-    """Entries whose sign is the elected one, averaged (arXiv 2306.01708, §4.2-4.3), or added up."""
+    """Entries whose sign is the elected one, averaged (arXiv 2306.01708, §4.2-4.3), or added up.
+
+    Semantics: Σ_A wᵢDᵢ / Σ_A |wᵢ| over A = {i: sgn(wᵢDᵢ) = sgn Σ wⱼDⱼ}; see :data:`Convention` for what differs.
+    """
     weights = weights_T[:, None, None]
     weighted = deltas_TMN * weights
     voters = deltas_TMN if convention == "peft" else weighted
-    elected_sign = torch.where(voters.sum(0) >= 0, 1.0, -1.0)
-    agrees = voters.sign() == elected_sign
+    votes = voters.sum(0)
+    if convention == "loom":
+        is_close = votes.abs() <= UNDECIDED * voters.abs().flatten(1).amax(1).sum()
+        is_contested = (voters > 0).any(0) & (voters < 0).any(0)
+        elected_sign = torch.where(is_close & is_contested, 0.0, votes.sign())
+    else:
+        elected_sign = torch.where(votes >= 0, 1.0, -1.0)
+    agrees = (voters.sign() == elected_sign) & (voters != 0)
     total = (weighted * agrees).sum(0)
     if not is_divided:
         return total
     if convention == "peft":
         return total / agrees.sum(0).clamp(min=1)
-    shares = (weights * agrees).sum(0)
-    return total / torch.where(shares.abs() < 1e-8, 1.0, shares)
+    shares = (weights.abs() * agrees).sum(0)
+    return total / torch.where(shares > (MERGEKITS_LEAST if convention == "mergekit" else 0.0), shares, 1.0)
 
 
 def _dropped(deltas_TMN: Tensor, options: Options, generator: Generator) -> Tensor:
@@ -182,6 +202,22 @@ def _directions(delta_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, there], s[there], vt[there]
 
 
+def independence(deltas_TMN: Tensor) -> float:
+    """The smallest singular value of all tasks' strongest directions side by side, relative to the largest, on the side
+    where it is smaller: 1 where they are orthogonal, 0 where one is in the span of the others."""
+    parts, width = _strongest(deltas_TMN)
+    sides = torch.cat([u[:, :width] for u, _, _ in parts], 1), torch.cat([vt[:width] for _, _, vt in parts])
+    values = [torch.linalg.svdvals(side) for side in sides]
+    return min((float(s[-1] / s[0]) for s in values if len(s)), default=1.0)
+
+
+def _strongest(deltas_TMN: Tensor) -> tuple[list[tuple[Tensor, Tensor, Tensor]], int]:
+    """Each task's singular vectors and values, and how many of them TSV keeps of each."""
+    num_tasks, rows, columns = deltas_TMN.shape
+    parts = [_directions(delta) for delta in deltas_TMN]
+    return parts, max(1, min(sum(len(s) for _, s, _ in parts), rows, columns) // num_tasks)
+
+
 def _pruned_directions(delta_MN: Tensor, weight: Tensor, density: float) -> tuple[Tensor, Tensor, Tensor]:
     """RobustMerge's B̃, with the weight in it, and Ã of balanced factors, and how much to scale each direction."""
     u, s, vt = _directions(delta_MN)
@@ -197,17 +233,23 @@ def _pruned_directions(delta_MN: Tensor, weight: Tensor, density: float) -> tupl
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns."""
-    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
-    nearest: Tensor = u @ vt
+    """The nearest matrix with orthonormal rows or columns, as far as it is determined."""
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    there = s > s[:1] * DEPENDENT
+    nearest: Tensor = u[:, there] @ vt[there]
     return nearest
 
 
 def _direction(units_TX: Tensor, shares_T: Tensor, steps: int = 100, tolerance: float = 1e-12) -> Tensor:
-    mean = shares_T @ units_TX
-    mean = units_TX[0] if float(mean.norm()) < 1e-6 else mean / mean.norm()
+    mean: Tensor = shares_T @ units_TX
+    if float(mean.norm()) < OPPOSITE:
+        raise _without_mean()
+    mean = mean / mean.norm()
+    length = math.inf
     for _ in range(steps):
         cosines = (units_TX @ mean).clamp(-1.0, 1.0)
+        if float(cosines.min()) < OPPOSITE - 1.0:
+            raise _without_mean()
         angles = torch.arccos(cosines)
         # sin θ/θ → 1 as θ → 0
         ratios = torch.where(angles < 1e-9, torch.ones_like(angles), angles / torch.sin(angles).clamp(min=1e-12))
@@ -217,7 +259,16 @@ def _direction(units_TX: Tensor, shares_T: Tensor, steps: int = 100, tolerance: 
             break
         mean = math.cos(length) * mean + math.sin(length) * tangent / length
         mean = mean / mean.norm()
+    if length > OPPOSITE:
+        raise _without_mean()
     return mean
+
+
+def _without_mean() -> InvalidCombination:
+    return InvalidCombination(
+        "Deltas of one module point in opposite directions, which have no mean on the sphere. Merge by 'linear', or "
+        "leave one of the adapters out of this module (weight 0)."
+    )
 
 
 _ROBUST_QUANTILE = 0.8

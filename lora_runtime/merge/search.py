@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
 from statistics import fmean
+from typing import Literal
 
 from pydantic import Field
 
@@ -33,7 +34,9 @@ class Search(Part):
     where they name none. ``trials``: vectors to try, the plain ones included, which are tried in any case.
     ``held_out``: the share of each task's examples that the search does not see. Weights are looked for from ``low`` to
     ``high``. ``at_once``: requests under way together. ``l1``: what is taken off a score for each unit of the weights'
-    mean size (LoraHub, arXiv 2307.13269, whose code has 0.05). ``max_tokens``: of an answer.
+    mean size (LoraHub, arXiv 2307.13269, whose code has 0.05). ``max_tokens``: of an answer. ``objective``: what is
+    looked for, the best mean of the tasks' scores or the best score of the worst task; both count a task once, however
+    many examples it has.
     """
 
     examples: str = Field(min_length=1, max_length=4096)
@@ -46,10 +49,15 @@ class Search(Part):
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     max_tokens: int = Field(default=64, ge=1, le=4096)
     l1: float = Field(default=0.0, ge=0, le=1)
+    objective: Literal["mean", "worst"] = "mean"
+
+    def score(self, tasks: Mapping[str, float]) -> float:
+        """Of scores by task."""
+        return fmean(tasks.values()) if self.objective == "mean" else min(tasks.values())
 
 
 class Trial(Part):
-    """Weights that were tried, and what they scored on the search split: by task, and the tasks' mean."""
+    """Weights that were tried, and what they scored on the search split: by task, and by the search's objective."""
 
     weights: dict[str, float]
     tasks: dict[str, float]
@@ -57,7 +65,8 @@ class Trial(Part):
 
 
 class Candidate(Part):
-    """Weights with their scores on both splits. ``name``: "found", or which of the plain choices they are."""
+    """Weights with their scores on both splits, by the search's objective. ``name``: "found", or which of the plain
+    choices they are."""
 
     name: str
     weights: dict[str, float]
@@ -99,11 +108,11 @@ async def search(
     trials = list(known)
     for weights in _plain(names).values():
         if all(trial.weights != weights for trial in trials):
-            await _try(weights, seen, evaluate, trials, on_trial)
+            await _try(spec, weights, seen, evaluate, trials, on_trial)
     while len(trials) < spec.trials:
         # A model of all trials so far is fitted: too long for an event loop that others share.
         weights = await asyncio.to_thread(propose, spec, names, trials)
-        await _try(weights, seen, evaluate, trials, on_trial)
+        await _try(spec, weights, seen, evaluate, trials, on_trial)
     best = max(trials, key=lambda trial: _objective(spec, trial))
     candidates = {"found": best.weights, **_plain(names)}
     told: list[Candidate] = []
@@ -112,7 +121,7 @@ async def search(
         tasks = first.held_out_tasks if first else _by_task(unseen, await evaluate(weights, unseen))
         score = next(trial.score for trial in trials if trial.weights == weights)
         told.append(
-            Candidate(name=name, weights=weights, search=score, held_out=fmean(tasks.values()), held_out_tasks=tasks)
+            Candidate(name=name, weights=weights, search=score, held_out=spec.score(tasks), held_out_tasks=tasks)
         )
     return SearchResult(
         winner=told[0],
@@ -182,6 +191,7 @@ def propose(spec: Search, names: Sequence[str], trials: Sequence[Trial]) -> dict
 
 
 async def _try(
+    spec: Search,
     weights: dict[str, float],
     seen: Sequence[Example],
     evaluate: Evaluate,
@@ -189,7 +199,7 @@ async def _try(
     on_trial: OnTrial | None,
 ) -> None:
     tasks = _by_task(seen, await evaluate(weights, seen))
-    trials.append(Trial(weights=weights, tasks=tasks, score=fmean(tasks.values())))
+    trials.append(Trial(weights=weights, tasks=tasks, score=spec.score(tasks)))
     if on_trial is not None:
         await on_trial(trials[-1])
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 from fsspec.core import url_to_fs
 
 from lora_runtime.errors import Conflict, StoreUnavailable
+from lora_runtime.merge.scratch import scratch_folder
 from lora_runtime.store.factory import local_path
 from lora_runtime.store.folder_store import flush
 from lora_runtime.store.object_store import translated
@@ -28,6 +28,8 @@ from lora_runtime.store.object_store import translated
 MANIFEST = "manifest.json"
 STAGING = ".staging"
 RECORDS, RESULT = "records", "result"
+PARTIAL = (".*.part", ".*.part.tmp")
+"""Files that are being written, by whoever writes at such a path and stages beside it once more."""
 
 
 class Workspace(Protocol):
@@ -62,6 +64,9 @@ class Workspace(Protocol):
 
     def publish(self, manifest: Mapping[str, Any]) -> None:
         """Let readers see the result, with this manifest. Raises Conflict where the name is taken."""
+
+    def written_at(self) -> float | None:
+        """When what is staged was last written to, in seconds since the epoch; None where nothing is staged."""
 
     def discard(self) -> None:
         """Delete what is staged. A published result stays."""
@@ -151,8 +156,9 @@ class FolderWorkspace:
         with _translated():
             if self._place.exists():
                 raise Conflict(f"'{self._place.name}' exists already; choose another name or remove it.")
-            for left in result.rglob(".*.part"):  # of tasks that were killed
-                left.unlink()
+            for pattern in PARTIAL:
+                for left in result.rglob(pattern):  # of tasks that were killed
+                    left.unlink()
             (result / MANIFEST).write_text(json.dumps(manifest, indent=1))
             flush(result / MANIFEST)
             flush(result)
@@ -163,6 +169,13 @@ class FolderWorkspace:
                     raise Conflict(f"'{self._place.name}' exists already; choose another name.") from error
                 raise
             flush(self._root)
+
+    def written_at(self) -> float | None:
+        times = []
+        for path in (self._staged, *self._staged.rglob("*")):
+            with suppress(FileNotFoundError):  # a task may be at work
+                times.append(path.stat().st_mtime)
+        return max(times, default=None)
 
     def discard(self) -> None:
         shutil.rmtree(self._staged, ignore_errors=True)
@@ -233,19 +246,31 @@ class BucketWorkspace:
             self._fs.pipe_file(f"{self._place}/{MANIFEST}", content)
             self._fs.pipe_file(self._pointer, content)
 
-    def discard(self) -> None:
-        is_published = (self.published() or {}).get("folder") == self._site_id
+    def written_at(self) -> float | None:
+        times = []
         with translated():
-            for folder in (self._records, *(() if is_published else (self._place,))):
+            for folder in self._staged():
+                for name in self._listed(folder):
+                    with suppress(FileNotFoundError):
+                        times.append(self._fs.modified(f"{folder}/{name}").timestamp())
+        return max(times, default=None)
+
+    def discard(self) -> None:
+        folders = self._staged()
+        with translated():
+            for folder in folders:
                 for name in self._listed(folder):
                     with suppress(FileNotFoundError):
                         self._fs.rm_file(f"{folder}/{name}")
 
+    def _staged(self) -> tuple[str, ...]:
+        is_published = (self.published() or {}).get("folder") == self._site_id
+        return (self._records, *(() if is_published else (self._place,)))
+
     @contextmanager
     def _folder(self) -> Iterator[Path]:
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            yield Path(folder)
+        with scratch_folder(self._scratch) as folder:
+            yield folder
 
     def _listed(self, folder: str) -> list[str]:
         self._fs.invalidate_cache()

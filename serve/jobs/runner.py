@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from datetime import timedelta
 
@@ -11,6 +12,7 @@ from lora_runtime.errors import LoomError
 from serve.config import Settings
 from serve.jobs.cluster import RayTasks
 from serve.jobs.run import LEASE_S, MergeRun, Stopped
+from serve.jobs.sweeping import sweep
 from serve.logs import configure
 from serve.registry.database import Database
 from serve.registry.errors import RegistryUnavailable
@@ -21,6 +23,7 @@ from serve.storage import store_of
 from serve.work_telemetry import MergeMetrics
 
 POLL_S = 1.0
+SWEEP_S = 600.0
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +45,16 @@ class Runner:
         self._stopping = threading.Event()
         self._threads: dict[str, threading.Thread] = {}
         self._loop = threading.Thread(target=self._work, name="merges", daemon=True)
+        self._sweeps = threading.Thread(target=self._sweep, name="merge-sweep", daemon=True)
 
     def start(self) -> None:
         self._loop.start()
+        self._sweeps.start()
 
     def stop(self) -> None:
         """End all work; jobs are left as they stand, for whoever comes next."""
         self._stopping.set()
-        for thread in (self._loop, *self._threads.values()):
+        for thread in (self._loop, self._sweeps, *self._threads.values()):
             thread.join()
 
     def _work(self) -> None:
@@ -67,6 +72,17 @@ class Runner:
                 thread = threading.Thread(target=self._run, args=(job,), name=job.id, daemon=True)
                 self._threads[job.id] = thread
                 thread.start()
+
+    def _sweep(self) -> None:
+        """What killed tasks left: of all jobs at the start, and now and then of those that ended since."""
+        since = 0.0
+        while not self._stopping.is_set():
+            try:
+                sweep(self._merges, self._settings, now=time.time(), since=since)
+                since = time.time() - 6 * SWEEP_S
+            except Exception as error:  # whatever it is, the next look may succeed
+                log.warning("staged files of ended merges cannot be looked at: %s", error)
+            self._stopping.wait(SWEEP_S)
 
     def _run(self, job: MergeJob) -> None:
         run = MergeRun(

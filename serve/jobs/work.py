@@ -18,7 +18,6 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from queue import Empty, Queue
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -34,6 +33,7 @@ from lora_runtime.merge.expected import expected_of
 from lora_runtime.merge.job import Unit
 from lora_runtime.merge.parts import read_parts, write_part
 from lora_runtime.merge.planning import Located, Opened, opened
+from lora_runtime.merge.scratch import scratch_folder
 from lora_runtime.merge.shard import ShardReport, TensorReport, merge_shard
 from lora_runtime.merge.verify import check_adapter, rounding_warnings, verify_adapter, verify_checkpoint
 from lora_runtime.merge.workspace import Workspace
@@ -170,9 +170,8 @@ def _assembled(work: Work) -> dict[str, Any]:
         merged = read_parts([parts / unit.file for unit in plan.units])
         # Nothing of when and where: equal merges are equal files.
         said = {SAID: plan.recipe.arithmetic.provenance(plan.versions)}
-        Path(work.site.scratch).mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=work.site.scratch) as scratch:
-            folder = Path(scratch) / "adapter"
+        with scratch_folder(Path(work.site.scratch)) as scratch:
+            folder = scratch / "adapter"
             write_adapter(
                 merged.weights,
                 folder,
@@ -253,8 +252,9 @@ def _written(path: Path) -> int:
 
 
 def _node() -> str:
-    """The machine, and the Ray node on it that this is a process of."""
-    return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
+    """The machine, and the Ray node on it that this is a process of, if it is one's."""
+    node = ray.get_runtime_context().get_node_id()[:8] if ray.is_initialized() else "-"
+    return f"{socket.gethostname()}/{node}"
 
 
 def _forget_peak() -> None:

@@ -24,6 +24,7 @@ from lora_runtime.zoo.paths import ADAPTERS, BASE
 from serve.registry.database import Database
 from serve.registry.merges import Merges
 from tests.cluster.merging import build_adapter, build_base
+from tests.oracle.jobs import deltas_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -109,6 +110,21 @@ def test_an_adapter_is_made_in_a_folder_that_peft_loads(tmp_path: Path, state: P
     assert "'made' exists already" in again
 
 
+def test_ties_with_a_negative_weight_takes_the_adapter_away(tmp_path: Path, state: Path):
+    """-1 of one adapter at full density is that adapter turned round, and it is left out of modules of weight 0."""
+    without = [{"modules": "*.mlp.*", "weight": 0}, {"modules": "*", "weight": -1.0}]
+    recipe = {
+        "name": "less", "method": "ties", "density": 1.0,
+        "inputs": [{"adapter": str(ADAPTERS["shape"]), "weight": without}],
+    }  # fmt: skip
+    output = ended(started(tmp_path, state, recipe, "--out", str(tmp_path / "made")))
+    assert "Made" in output and "Verified: KL" in output, output
+    given, got = (deltas_of(BASE, folder) for folder in (ADAPTERS["shape"], tmp_path / "made"))
+    assert set(got) == {leaf for leaf in given if ".mlp." not in leaf} != set(given)
+    for leaf, delta in got.items():
+        assert float((delta + given[leaf]).norm()) < 1e-5 * float(given[leaf].norm())
+
+
 def test_a_checkpoint_in_a_bucket_is_there_once_its_pointer_is(tmp_path: Path, state: Path, monkeypatch):
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
@@ -145,6 +161,12 @@ def test_a_checkpoint_in_a_bucket_is_there_once_its_pointer_is(tmp_path: Path, s
         ({"method": "magic"}, "The recipe cannot be used: method"),
         ({"inputs": [{"adapter": "x", "weight": float("nan")}]}, "The recipe cannot be used: inputs"),
         ({"densty": 1}, "densty"),
+        ({"density": 0.5}, "'density' has no effect on 'cat', but on magnitude_prune, ties"),
+        (
+            {"inputs": [{"adapter": str(ADAPTERS["shape"]), "weight": [{"modules": "*.self_atn.*", "weight": 0.5}]}]},
+            "no module of the base matches '*.self_atn.*'. Nearest: '*.self_attn.*'",
+        ),
+        ({"inputs": [{"adapter": str(ADAPTERS["shape"]), "weight": [{"modules": "*", "weight": 0}]}]}, "weight is 0"),
     ],
 )
 def test_what_cannot_be_done_is_told_in_one_line(tmp_path: Path, state: Path, change: dict[str, Any], said: str):

@@ -94,7 +94,7 @@ def test_a_checkpoint_is_made_of_the_base(http: httpx.Client):
     assert found["base"] == "loom-zoo/base" and found["merge"] == job["id"] and list(found["parents"]) == ["shape"]
     folder = Path(found["location"])
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["sha256"] == found["version"] and manifest["semantics"] == "linear/1"
+    assert manifest["sha256"] == found["version"] and manifest["semantics"] == "linear/2"
     assert {file.name for file in BASE.iterdir()} == {file.name for file in folder.iterdir()} - {"manifest.json"}
     assert set(manifest["files"]) == {file.name for file in BASE.iterdir()}
     AutoModelForImageTextToText.from_pretrained(folder)

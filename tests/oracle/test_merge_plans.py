@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2VLForConditionalGeneration
 
-from lora_runtime.checkpoint import fingerprint
+from lora_runtime.checkpoint import fingerprint, read_adapter
 from lora_runtime.errors import MergeRefused
+from lora_runtime.export import write_adapter
+from lora_runtime.layout import BaseLayout
+from lora_runtime.merge.adapters import merge
 from lora_runtime.merge.job import JobRecipe, Plan
 from lora_runtime.merge.planning import Located, opened, plan_of
-from tests.oracle.models import save_adapter, tiny_qwen2vl
+from lora_runtime.merge.recipe import Method, Recipe
+from tests.oracle.models import logits_of, sample_inputs, save_adapter, tiny_qwen2vl
 
 TARGETS = r".*language_model.*(q_proj|down_proj)"
 
@@ -171,3 +179,212 @@ def test_all_problems_are_told_at_once(base: Path, adapters: dict[str, Path], tm
         planned(base, wrong)
     assert len(caught.value.facts["problems"]) == 2
     assert "(1) 'a'" in caught.value.message and "(2) 'b'" in caught.value.message
+
+
+def weighted(*weights: Any) -> list[dict[str, Any]]:
+    return [{"adapter": name, "weight": weight} for name, weight in zip(("plain", "rank"), weights, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("*.self_atn.*", r"no module of the base matches '\*\.self_atn\.\*'\. Nearest: '\*\.self_attn\.\*'"),
+        ("model.languge_model.*", r"Nearest: 'model\.language_model\.\*'"),
+        ("*.layers.7.*", "no module of the base matches"),
+        ("*.mlp.q_proj", r"Nearest: \*\.mlp\.up_proj"),
+        ("zzz", "no module of the base matches 'zzz'"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused(base: Path, adapters: dict[str, Path], pattern: str, said: str):
+    inputs = weighted([{"modules": "*.mlp.*", "weight": 0.5}, {"modules": pattern, "weight": 0.1}], 1.0)
+    with pytest.raises(MergeRefused, match=said):
+        planned(base, only(adapters, "plain", "rank"), inputs=inputs)
+
+
+def test_a_pattern_that_its_adapter_has_no_use_for_is_told(base: Path, adapters: dict[str, Path]):
+    first = [{"modules": "*.q_proj", "weight": 0.5}, {"modules": "*.self_attn.*", "weight": 0.1}]
+    other = [{"modules": "*.k_proj", "weight": 2}]
+    plan = planned(base, only(adapters, "plain", "rank"), inputs=weighted(first, other))
+    assert "'plain' changes no module that *.self_attn.* decides about." in plan.warnings
+    assert "'rank' changes no module that *.k_proj decides about." in plan.warnings
+
+
+ENTRIES = ("magnitude_prune", "ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "robust_merge")
+EFFECTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
+    "density": (0.5, 0.3, ENTRIES),
+    "space": ("core", "full", ENTRIES),
+    "epsilon": (0.2, 0.1, ("della",)),
+    "gamma": (0.01, 0.2, ("breadcrumbs",)),
+    "convention": ("loom", "mergekit", ("ties", "dare_linear", "dare_ties", "della")),
+    "seed": (0, 1, ("dare_linear", "dare_ties", "della")),
+}
+TWO = [{"adapter": "a"}, {"adapter": "b"}]
+
+
+@pytest.mark.parametrize("option", EFFECTS)
+@pytest.mark.parametrize("method", get_args(Method))
+def test_an_option_without_effect_is_refused_where_it_is_set(option: str, method: str):
+    """Also where it is set to its default; and those that have it are named."""
+    default, other, methods = EFFECTS[option]
+    for value in (default, other):
+        said = {"name": "made", "method": method, "inputs": TWO, option: value}
+        if method in methods:
+            assert getattr(JobRecipe.model_validate(said), option) == value
+        else:
+            with pytest.raises(ValidationError, match=rf"'{option}' .*{', '.join(methods)}|leave '{option}' out"):
+                JobRecipe.model_validate(said)
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_recipe_that_was_dumped_can_be_read_again(method: str):
+    """From a manifest, from a kept plan, and from the plan of a release that dumped every option."""
+    recipe = JobRecipe.model_validate({"name": "made", "method": method, "inputs": TWO})
+    assert JobRecipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    assert recipe.arithmetic == Recipe.model_validate({"method": method, "inputs": TWO})
+
+
+def test_plans_of_an_earlier_release_are_read(base: Path, adapters: dict[str, Path]):
+    plan = planned(base, only(adapters, "plain", "rank"))
+    kept = json.loads(plan.model_dump_json())
+    assert "density" not in kept["recipe"]
+    kept["recipe"] |= {"density": 0.5, "epsilon": 0.2, "gamma": 0.01, "convention": "loom", "space": "core", "seed": 0}
+    assert Plan.model_validate(kept) == plan
+    kept["recipe"]["density"] = 0.4
+    with pytest.raises(ValidationError, match="no effect on 'linear'"):
+        Plan.model_validate(kept)
+
+
+@pytest.mark.parametrize("method", ["ties", "della"])
+def test_negative_weights_as_mergekit_divides_them_are_refused(method: str):
+    inputs = [{"adapter": "a", "weight": 0.5}, {"adapter": "b", "weight": [0.3, -0.499]}]
+    said = {"name": "made", "method": method, "inputs": inputs, "epsilon": 0.2, "convention": "mergekit"}
+    if method != "della":
+        del said["epsilon"]
+    with pytest.raises(ValidationError, match=r"signed sum of weights.*'b' has one\. The convention 'loom'"):
+        JobRecipe.model_validate(said)
+    JobRecipe.model_validate({**said, "convention": "loom"})
+    JobRecipe.model_validate({"name": "made", "method": "dare_ties", "inputs": inputs, "convention": "mergekit"})
+    with pytest.raises(ValidationError, match="PEFT has no 'della'"):
+        JobRecipe.model_validate({"name": "made", "method": "della", "inputs": TWO, "convention": "peft"})
+
+
+NOWHERE = [{"modules": "*.q_proj", "weight": 0}, {"modules": "*.down_proj", "weight": 0.0}]
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0), (NOWHERE, [0.0, 0.0]), ([{"modules": "*", "weight": 0}], 0.0)])
+def test_weights_that_are_0_wherever_anything_changes_are_refused(
+    base: Path, adapters: dict[str, Path], weights: tuple[Any, Any]
+):
+    with pytest.raises(MergeRefused, match="Every weight is 0 where its adapter changes anything"):
+        planned(base, only(adapters, "plain", "rank"), inputs=weighted(*weights))
+
+
+@pytest.mark.parametrize("product", ["adapter", "checkpoint"])
+def test_weight_0_for_some_modules_is_a_recipe(base: Path, adapters: dict[str, Path], product: str):
+    without = [{"modules": "*.down_proj", "weight": 0}]
+    plan = planned(base, only(adapters, "plain", "rank"), inputs=weighted(without, without), product=product)
+    if product == "checkpoint":
+        changed_leaves = {leaf for unit in plan.units for leaf in unit.leaves}
+        assert changed_leaves and all(leaf.endswith("q_proj") for leaf in changed_leaves)
+
+
+@pytest.fixture(scope="module")
+def relatives(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``plain`` again: turned round, twice as large, and almost itself, each factored otherwise."""
+    root = tmp_path_factory.mktemp("relatives")
+    found = {}
+    for name, factor, noise in (("opposite", -1.0, 0.0), ("twice", 2.0, 0.0), ("near", 1.0, 1e-3)):
+        folder = shutil.copytree(adapters["plain"], root / name)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        generator = torch.Generator().manual_seed(3)
+        for key, tensor in tensors.items():
+            if "lora_A" in key:
+                turn = torch.linalg.qr(torch.randn(len(tensor), len(tensor), generator=generator)).Q
+                other = key.replace("lora_A", "lora_B")
+                tensors[key], tensors[other] = turn.T @ tensor, factor * tensors[other] @ turn
+        for key, tensor in tensors.items():
+            tensors[key] = tensor + noise * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors")
+        found[name] = folder
+    return found
+
+
+ALL = ("cat", "linear", "svd", "magnitude_prune", "ties", "breadcrumbs", "tsv", "core_tsv", "iso_c", "robust_merge")
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_deltas_that_cancel_everywhere_are_refused(
+    base: Path, adapters: dict[str, Path], relatives: dict[str, Path], method: str
+):
+    for other, weight in (("opposite", 1.0), ("twice", -0.5)):
+        folders = {"plain": adapters["plain"], other: relatives[other]}
+        inputs = [{"adapter": "plain"}, {"adapter": other, "weight": weight}]
+        with pytest.raises(MergeRefused, match=r"deltas cancel in all \d+ modules \(what is left is at most \d"):
+            planned(base, folders, method=method, inputs=inputs)
+
+
+def test_deltas_that_cancel_in_part_or_nearly_are_told_with_numbers(
+    base: Path, adapters: dict[str, Path], relatives: dict[str, Path]
+):
+    folders = {"plain": adapters["plain"], "opposite": relatives["opposite"]}
+    some = [{"adapter": "plain"}, {"adapter": "opposite", "weight": [{"modules": "*.down_proj", "weight": 0.5}]}]
+    told = " ".join(planned(base, folders, inputs=some).warnings)
+    assert "cancel in 2 of 4 modules, most of all in model.language_model.layers." in told and "q_proj" in told
+    assert "'plain' is 'opposite' times -1" in told or "'opposite' is 'plain' times -1" in told
+    assert "in 4 of 4 modules: they are one change, counted twice" in told
+    random = planned(base, folders, method="dare_ties").warnings
+    assert any("cancel in 4 of 4" in warning for warning in random), "what is dropped at random does not cancel"
+    assert not planned(base, only(adapters, "plain", "rank"), inputs=weighted(1.0, -1.0)).warnings
+
+
+@pytest.mark.parametrize("method", ["slerp", "karcher"])
+def test_opposite_deltas_have_no_mean(
+    base: Path, adapters: dict[str, Path], relatives: dict[str, Path], method: str
+):
+    folders = {"plain": adapters["plain"], "opposite": relatives["opposite"]}
+    with pytest.raises(MergeRefused, match=rf"In 4 of 4 modules the deltas are opposite .* '{method}' has no mean"):
+        planned(base, folders, method=method)
+    plan = planned(base, {"plain": adapters["plain"], "twice": relatives["twice"]}, method=method)
+    assert "times 2 in 4 of 4" in plan.warnings[0] or "times 0.5 in 4 of 4" in plan.warnings[0]
+
+
+@pytest.mark.parametrize("method", ["tsv", "core_tsv"])
+def test_directions_that_depend_on_each_other_are_told(
+    base: Path, adapters: dict[str, Path], relatives: dict[str, Path], method: str
+):
+    for other, said in (("twice", "averaged in 4 modules, .* blown up in 0"), ("near", "in 0 modules, .* in 4")):
+        folders = {"plain": adapters["plain"], other: relatives[other]}
+        told = " ".join(planned(base, folders, method=method).warnings)
+        assert re.search(rf"in 4 of 4 modules they are hardly independent .*{said}", told), told
+    assert not planned(base, only(adapters, "plain", "rank"), method=method).warnings
+
+
+def test_lora_bias_where_the_base_has_no_bias_is_told(base: Path, adapters: dict[str, Path], tmp_path: Path):
+    config = LoraConfig(r=2, lora_bias=True, target_modules=r".*language_model.*q_proj")
+    folders = {"plain": adapters["plain"], "biased": save_adapter(tiny_qwen2vl, config, tmp_path / "biased", seed=8)}
+    (told,) = planned(base, folders).warnings
+    assert "lora_bias" in told and "2 modules" in told and "layers.0.mlp.down_proj" in told
+    assert "merge_and_unload refuses" in told
+    assert not planned(base, folders, product="checkpoint").warnings
+    assert not planned(base, {"biased": folders["biased"]}).warnings, "q_proj has a bias"
+
+
+def test_what_is_told_of_lora_bias_is_so(base: Path, adapters: dict[str, Path], tmp_path: Path):
+    """PEFT runs the merged adapter and refuses to merge it; without bias-free modules it merges it, to the same."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained
+    config = LoraConfig(r=2, lora_bias=True, target_modules=r".*language_model.*q_proj")
+    biased = save_adapter(tiny_qwen2vl, config, tmp_path / "biased", seed=8)
+    layout = BaseLayout.from_config(base)
+    for others, merges in (({"plain": adapters["plain"]}, False), ({}, True)):
+        weights = {name: read_adapter(folder, layout) for name, folder in {"biased": biased, **others}.items()}
+        recipe = Recipe.model_validate({"method": "linear", "inputs": [{"adapter": name} for name in weights]})
+        write_adapter(
+            merge(recipe, weights, lambda *_: torch.zeros(())).weights, tmp_path / f"{merges}", layout, base_name="tiny"
+        )
+        adapted = PeftModel.from_pretrained(model(base, dtype=torch.float32), str(tmp_path / f"{merges}")).eval()
+        ran = logits_of(adapted, sample_inputs())
+        if not merges:
+            with pytest.raises(RuntimeError, match="base layer has no bias"):
+                adapted.merge_and_unload()
+            continue
+        assert float((logits_of(adapted.merge_and_unload(), sample_inputs()) - ran).abs().max()) < 1e-4

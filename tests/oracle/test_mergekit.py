@@ -15,7 +15,7 @@ from lora_runtime.merge.rules import RULES, Options
 
 PYTHON = os.environ.get("LOOM_TEST_MERGEKIT", "")
 SHAPE = (24, 31)
-WEIGHTS = [0.7, -0.4, 1.1]
+SIGNED, POSITIVE = [0.7, -0.4, 1.1], [0.7, 0.4, 1.1]
 
 SCRIPT = """
 import json, sys
@@ -47,26 +47,29 @@ save_file({"merged": method.merge_group(Group(), **parameters)}, sys.argv[6])
 
 @pytest.mark.skipif(not PYTHON, reason="no mergekit to compare with (LOOM_TEST_MERGEKIT: its environment's Python)")
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "weights"),
     [
-        ("ties", {}),
-        ("dare_linear", {}),
-        ("dare_ties", {}),
-        ("della", {"epsilon": 0.15}),
-        ("breadcrumbs", {"gamma": 0.05}),
+        ("ties", {}, POSITIVE),
+        ("dare_linear", {}, SIGNED),
+        ("dare_ties", {}, SIGNED),
+        ("della", {"epsilon": 0.15}, POSITIVE),
+        ("breadcrumbs", {"gamma": 0.05}, SIGNED),
     ],
 )
 @pytest.mark.parametrize("density", [0.4, 0.7])
-def test_rules_of_its_convention_are_mergekits(tmp_path: Path, name: str, options: dict[str, float], density: float):
+def test_rules_of_its_convention_are_mergekits(
+    tmp_path: Path, name: str, options: dict[str, float], weights: list[float], density: float
+):
+    """With weights of both signs where a recipe takes them: ``ties`` and ``della`` as mergekit divides them do not."""
     drawn = torch.Generator().manual_seed(5)
     deltas = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
-    uniform = [torch.rand(SHAPE, generator=drawn, dtype=torch.float64) for _ in WEIGHTS]
+    uniform = [torch.rand(SHAPE, generator=drawn, dtype=torch.float64) for _ in weights]
     given = {f"delta{i}": delta.clone() for i, delta in enumerate(deltas)}
     given |= {f"uniform{i}": values for i, values in enumerate(uniform)}
     save_file(given, tmp_path / "given.safetensors")
     (tmp_path / "script.py").write_text(SCRIPT)
     extra = "{" + ", ".join(f'"{key}": {value}' for key, value in options.items()) + "}"
-    arguments = ["given.safetensors", name, str(density), extra, str(WEIGHTS), "out.safetensors"]
+    arguments = ["given.safetensors", name, str(density), extra, str(weights), "out.safetensors"]
     done = subprocess.run(
         [PYTHON, "script.py", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
     )
@@ -75,7 +78,7 @@ def test_rules_of_its_convention_are_mergekits(tmp_path: Path, name: str, option
     rule = RULES[name]
     got = rule.apply(
         deltas.double(),
-        torch.tensor(WEIGHTS, dtype=torch.float64),
+        torch.tensor(weights, dtype=torch.float64),
         Options(density=density, convention="mergekit", **options),
         torch.Generator().manual_seed(5),
     )

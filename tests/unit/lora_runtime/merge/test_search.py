@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
 import pytest
 from hypothesis import given, settings
@@ -66,6 +67,38 @@ async def test_it_finds_what_is_best_and_tells_it_beside_the_plain_choices():
     assert (found.num_search, found.num_held_out, found.seed) == (14, 6, 0)
     assert found.optimiser.startswith("optuna 5.")
     assert SearchResult.model_validate_json(json.dumps(found.model_dump(mode="json"))) == found
+
+
+class Skills(Landscape):
+    """A task of each adapter's, which the other disturbs; ``x`` is easier, and can be had at the cost of ``y``."""
+
+    async def __call__(self, weights: Mapping[str, float], asked: Sequence[Example]) -> list[float]:
+        return [skill(example.task, weights["a"], weights["b"]) for example in asked]
+
+
+def skill(task: str, a: float, b: float) -> float:
+    if task == "x":
+        return max(0.0, 1 - (a - 1) ** 2 - 0.05 * b**2)
+    return max(0.0, 0.8 - 0.2 * (b - 1) ** 2 - 0.3 * a**2)
+
+
+def best_on_a_grid(objective: Callable[[Sequence[float]], float]) -> tuple[float, float, float]:
+    """The best value of an objective of both tasks' scores, and where it is."""
+    steps = [-0.5 + 0.02 * n for n in range(101)]
+    return max((objective([skill(task, a, b) for task in "xy"]), a, b) for a in steps for b in steps)
+
+
+async def test_it_aims_at_the_mean_or_at_the_worst_task():
+    """As a grid over all weights finds them."""
+    worst_task = {}
+    for objective, of in (("mean", fmean), ("worst", min)):
+        want, a, b = best_on_a_grid(of)
+        found = await search(spec(trials=25, objective=objective), ["a", "b"], examples("x", "y"), Skills())
+        assert found.winner.search == pytest.approx(want, abs=0.01) == found.winner.held_out
+        assert found.winner.weights == {"a": pytest.approx(a, abs=0.12), "b": pytest.approx(b, abs=0.25)}
+        assert all(trial.score == of(trial.tasks.values()) for trial in found.trials)
+        worst_task[objective] = min(found.winner.held_out_tasks.values())
+    assert worst_task["worst"] > worst_task["mean"] + 0.08
 
 
 async def test_what_is_held_out_is_seen_only_when_all_is_tried():
