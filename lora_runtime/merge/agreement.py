@@ -42,8 +42,8 @@ def check_leaf(recipe: Recipe, leaf: str, parts: Parts, found: LoraFactors, core
     """Raise VerificationFailed unless ``found`` is what ``recipe``'s method makes of ``parts``; whether it was checked.
 
     ``core``: where it was merged; None for ``cat`` and in the space ``full``, where leaves of more than MAX_VALUES are
-    passed over. In the core it costs about half as much as the merge of the leaf (18944 x 3584, three adapters of rank
-    16, one core: 10 to 20 ms), in the space ``full`` about twice as much, for the leaves that are checked.
+    passed over. In the core it costs about as much as the merge of the leaf (18944 x 3584, three adapters of rank 16,
+    one core: 10 to 40 ms), for ``cat`` several times as much, and in the space ``full`` about twice.
     """
     members = [(_array(factors.b) * factors.scaling, _array(factors.a)) for factors, _ in parts]
     weights = np.array([weight for _, weight in parts]) * recipe.scale
