@@ -32,12 +32,13 @@ Part = TypeVar("Part")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeafReport:
     """What became of one leaf's low-rank parts. ``energy``: the share of the merged delta's squared norm that the
-    result's rank keeps. Norms are Frobenius'."""
+    result's rank keeps. Norms are Frobenius'. ``is_checked``: against the method's independent statement."""
 
     inputs: int
     rank: int
     energy: float
     norm: float
+    is_checked: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +100,9 @@ def merge_leaf(recipe: Recipe, leaf: str, parts: Parts) -> tuple[LoraFactors, Le
         (b, a), energy, core = _by_rule(recipe, leaf, parts)
         biases = sum_biases([(factors, weight * recipe.scale) for factors, weight in parts])
         found = LoraFactors(a=a, b=b, scaling=1.0, kind=parts[0][0].kind, bias=biases)
-    check_leaf(recipe, leaf, parts, found, core)
-    report = LeafReport(inputs=len(parts), rank=found.rank, energy=energy, norm=_norm(found.b, found.a))
+    is_checked = check_leaf(recipe, leaf, parts, found, core)
+    norm = _norm(found.b, found.a)
+    report = LeafReport(inputs=len(parts), rank=found.rank, energy=energy, norm=norm, is_checked=is_checked)
     return found, report
 
 

@@ -68,7 +68,14 @@ def report_of(
         "tensors": tensors,
         "leaves": leaves,
         "kept_energy": {"least": min(energies), "mean": sum(energies) / len(energies)} if energies else None,
-        "verification": {"bytes": plan.recipe.product == "checkpoint", "probe": probe},
+        "verification": {
+            "bytes": plan.recipe.product == "checkpoint",
+            "probe": probe,
+            "method": {
+                "checked": sum(told.get("is_checked", False) for told in leaves.values()),
+                "passed_over": sum(not told.get("is_checked", False) for told in leaves.values()),
+            },
+        },
         "warnings": warnings,
         "search": search,
     }

@@ -110,6 +110,7 @@ def plan_of(
         probe_bytes=_probe_bytes(found) if recipe.verify.probes else 0,
         warnings=(
             *_warnings(recipe, found, planned),
+            *_passed_over(recipe, found, ranks),
             *warnings_of(recipe, seen),
             *(() if is_checkpoint else bias_warnings(recipe, inputs, found.layout, ranks)),
         ),
@@ -289,6 +290,20 @@ def _memory(recipe: JobRecipe, found: Opened, units: Sequence[Unit]) -> int:
 def _probe_bytes(found: Opened) -> int:
     """One model in fp32, and the process around it."""
     return WORKING_BYTES + 4 * sum(_numel(p) for leaf in found.layout.leaves.values() for p in leaf.parameters.values())
+
+
+def _passed_over(recipe: JobRecipe, found: Opened, ranks: Mapping[str, Sequence[int]]) -> list[str]:
+    """Of modules that are too large to be checked against the method's independent statement."""
+    if recipe.space != "full":
+        return []
+    shapes = {leaf: found.layout.leaves[leaf] for leaf in ranks}
+    large = [x for x in ranks if len(ranks[x]) * shapes[x].in_features * shapes[x].out_features > MAX_VALUES]
+    if not large:
+        return []
+    return [
+        f"In the space 'full', {len(large)} of {len(ranks)} modules have more than {MAX_VALUES:,} entries in all "
+        "adapters together: the merge of those is not held against a second statement of the method, as in the core."
+    ]
 
 
 def _warnings(recipe: JobRecipe, found: Opened, planned: Sequence[PlannedInput]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from lora_runtime.folder import fingerprint
 from lora_runtime.merge import adapters as merging
+from lora_runtime.merge import agreement, planning
 from lora_runtime.merge.methods import Options
 from lora_runtime.merge.reference import STATEMENTS
 from lora_runtime.merge.rules import RULES
@@ -132,6 +133,8 @@ def test_what_is_published_is_what_the_paper_says(
         assert np.linalg.norm(want) > 1e-8
         assert np.linalg.norm(got[leaf].numpy() - want) < 1e-4 * np.linalg.norm(want), leaf
     assert set(got) <= set(given_[0])
+    assert job.report is not None
+    assert job.report["verification"]["method"] == {"checked": len(got), "passed_over": 0}
 
 
 def turned(result: Tensor) -> Tensor:
@@ -173,6 +176,18 @@ def test_a_rule_that_is_wrong_publishes_nothing(
     assert job.error is not None and f"is not what '{rule}' makes of it" in job.error, job.error
     monkeypatch.undo()
     assert made(settings, recipe, tmp_path / "out").state is MergeState.SUCCEEDED
+
+
+def test_what_is_too_large_to_check_is_told(
+    inputs: list[Path], settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of the two kinds of modules, k_proj has 3 x 64 x 128 entries and down_proj more."""
+    monkeypatch.setattr(agreement, "MAX_VALUES", 3 * 64 * 128)
+    monkeypatch.setattr(planning, "MAX_VALUES", 3 * 64 * 128)
+    recipe = recipe_of(inputs, WEIGHTS["mixed"], {"method": "ties", "space": "full"})
+    job = made(settings, recipe, tmp_path / "out")
+    assert job.report is not None and job.report["verification"]["method"] == {"checked": 2, "passed_over": 2}
+    assert any("2 of 4 modules have more than 24,576 entries" in warning for warning in job.report["warnings"])
 
 
 @pytest.mark.parametrize("product", ["adapter", "checkpoint"])
