@@ -31,9 +31,7 @@ class Tracing:
 
         sampler = ParentBased(TraceIdRatioBased(settings.trace_share))
         self._provider = TracerProvider(sampler=sampler, resource=Resource({"service.name": f"loom-{role}"}))
-        self._provider.add_span_processor(
-            BatchSpanProcessor(OTLPSpanExporter(settings.otlp_endpoint.get_secret_value()))
-        )
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(settings.otlp_endpoint.get_secret_value())))
         self._tracer = self._provider.get_tracer("loom")
 
     def start(self, name: str, traceparent: str, **attributes: str | int | float) -> Span:

@@ -158,7 +158,9 @@ class MergeRun:
             if plan.recipe.product == "adapter":
                 for unit in plan.units:  # what the adapter was made of
                     workspace.remove(unit.file)
-            manifest = manifest_of(plan, report, job=job.id, actor=job.actor, created_at=datetime.now(UTC).isoformat())
+            manifest = manifest_of(
+                plan, report, job=job.id, actor=job.actor, created_at=datetime.now(UTC).isoformat()
+            )
             workspace.publish(manifest)
         checkpoint = None
         if plan.recipe.product == "checkpoint" and not job.target:

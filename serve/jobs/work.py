@@ -123,7 +123,9 @@ def _recorded(work: Work, name: str, file: str | None, do: Callable[[Path], dict
     )
 
 
-def _telling(do: Callable[[], dict[str, Any]], num_bytes: Callable[[], int]) -> Generator[int, None, dict[str, Any]]:
+def _telling(
+    do: Callable[[], dict[str, Any]], num_bytes: Callable[[], int]
+) -> Generator[int, None, dict[str, Any]]:
     """What ``do`` returns, and ``num_bytes`` now and then until it does."""
     with ThreadPoolExecutor(1) as pool:
         running: Future[dict[str, Any]] = pool.submit(do)

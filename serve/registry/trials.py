@@ -56,7 +56,8 @@ class Trials:
         self._database = database
 
     def add(self, events: Iterable[Event]) -> None:
-        """Write down what was seen, all or nothing. Of a unit's exposures in a phase, the first one stays."""
+        """Write down what was seen, with what that changes about the sums, all or nothing. Of a unit's exposures in a
+        phase, the first one stays."""
         rows: dict[type[Event], list[dict[str, Any]]] = defaultdict(list)
         for event in events:
             rows[type(event)].append(_values(event))
@@ -73,7 +74,8 @@ class Trials:
                 ended = ended_of(outcomes[trial.request_id])
                 effects[trial.experiment, trial.phase].outcome(trial, ended)
             note_early(session, sorted(outcomes.keys() - trials.keys()))
-            _added(session, PairRow, rows[Pair])
+            if rows[Pair]:
+                session.execute(insert_into(session, PairRow).on_conflict_do_nothing(), rows[Pair])
             note_effects(session, effects)
 
     def feedback(

@@ -116,7 +116,9 @@ class Writer:
             if again is None or again.is_success:
                 return self._json(again)
             await asyncio.sleep(0.2)
-        self.client.tally.find("hung", "register", f"{name}: its key stays taken, {REPEATS_S:g} s and more")
+        self.client.tally.find(
+            "hung", "register", f"{name}: its key stays taken, {REPEATS_S:g} s and more"
+        )
         raise Unacknowledged
 
     async def _by_path(
