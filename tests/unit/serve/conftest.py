@@ -25,10 +25,12 @@ def new_database() -> Iterator[str]:
             connection.execute(sa.text(f"CREATE DATABASE {name}"))
     except (sa.exc.OperationalError, ImportError) as error:
         pytest.skip(f"no PostgreSQL to test on (LOOM_TEST_POSTGRES): {type(error).__name__}")
-    yield make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
-    admin.dispose()
+    try:
+        yield make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
+    finally:
+        with admin.connect() as connection:
+            connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+        admin.dispose()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
