@@ -95,11 +95,12 @@ export function exposure(arms, { label }) {
 export function guardrails(rows, { label, format }) {
   const row = 40, height = rows.length * row + 8, left = 210, right = WIDTH - 16;
   const svg = picture(height, label);
-  rows.forEach(({ metric, arm, colour, harm, at_least: least, tolerance, is_breached: breached }, i) => {
+  rows.forEach(({ metric, arm, colour, harm, at_least: least, at_most: most, tolerance, is_breached: breached }, i) => {
     const y = i * row + 22;
-    const known = [tolerance, 0, harm ?? 0, Math.max(least ?? 0, -2 * Math.abs(harm ?? tolerance) - 1e-9)];
+    const reach = 2 * Math.max(Math.abs(harm ?? 0), tolerance) + 1e-9;
+    const known = [tolerance, 0, harm ?? 0, Math.max(least ?? 0, -reach), Math.min(most ?? 0, reach)];
     const low = Math.min(...known), high = Math.max(...known), span = high - low || 1;
-    const x = (value) => left + ((Math.max(value, low) - low) / span) * (right - left);
+    const x = (value) => left + ((Math.min(Math.max(value, low), high) - low) / span) * (right - left);
     const group = element("g", { class: breached ? "breach" : `arm-${colour}`, "data-guardrail": metric, "data-arm": arm });
     group.append(element("text", { class: "strong", x: left - 10, y: y + 4, "text-anchor": "end" }, clipped(`${metric} · ${arm}`, 30)));
     group.append(element("line", { class: "axis", x1: left, x2: right, y1: y, y2: y }));
@@ -108,7 +109,7 @@ export function guardrails(rows, { label, format }) {
     const anchor = x(tolerance) > right - 30 ? "end" : "middle";
     group.append(element("text", { x: x(tolerance), y: y - 12, "text-anchor": anchor }, format(metric, tolerance)));
     if (harm !== null) {
-      group.append(element("line", { class: "whisker", x1: x(least), x2: x(harm), y1: y, y2: y }));
+      group.append(element("line", { class: "whisker", x1: x(least), x2: x(most ?? harm), y1: y, y2: y }));
       group.append(element("circle", { class: "fill", cx: x(harm), cy: y, r: 5 }));
     }
     svg.append(group);

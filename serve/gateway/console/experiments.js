@@ -139,7 +139,7 @@ function guarded({ results }, colours) {
     ? badge(`breached: ${[...new Set(breached.map((one) => one.metric))].join(", ")}`, "bad")
     : badge(`no guardrail is breached; ${kept.length} of ${rows.length} kept with confidence`, kept.length === rows.length ? "good" : "");
   return card("Guardrails", "guardrails", said,
-    make("span", { class: "quiet" }, " how much worse than control: the dot is the estimate, its line what is certain"),
+    make("span", { class: "quiet" }, " how much worse than control: the dot is the estimate, its line from at least to at most so much"),
     guardrails(rows, { label: "Harm of each arm against what is borne", format: effectText }));
 }
 
