@@ -91,7 +91,7 @@ export function exposure(arms, { label }) {
   return svg;
 }
 
-// How much worse than control each guarded arm is, from what is certain to what is estimated, and what is borne.
+// How much worse than control each guarded arm is, from at least to at most, and what is borne.
 export function guardrails(rows, { label, format }) {
   const row = 40, height = rows.length * row + 8, left = 210, right = WIDTH - 16;
   const svg = picture(height, label);
