@@ -57,9 +57,11 @@ def forecast(
 ) -> Forecast:
     """``effect``: the smallest one that matters; ``is_relative``: as a share of control's mean, which of times it
     always is. Raises InvalidRequest for an effect that is none and a metric that there is not, Conflict where control
-    has too little data to tell its variance.
+    has too little data to tell its variance, or nobody to be compared with.
     """
     control = next(arm for arm in results.arms if arm.arm == results.control)
+    if len(results.arms) < 2:
+        raise Conflict("Only control answers users; there is no arm to tell from it.")
     if metric not in control.metrics:
         raise InvalidRequest(
             f"There is no metric '{metric[:64]}'; there are {', '.join(control.metrics)}.", param="metric"

@@ -92,3 +92,9 @@ def test_too_little_data_is_said():
     empty = results_of(compared(KINDS["normal"], (1, 1)), Evidence(arms={}), ARRIVED)
     with pytest.raises(Conflict, match="0 units with data"):
         forecast(empty, NOW, metric="solved", effect=0.1, is_relative=False, power=0.8)
+
+
+def test_control_alone_is_compared_with_nobody():
+    alone = results_of(compared(KINDS["normal"], (1, 0)), Evidence(arms={}), ARRIVED)
+    with pytest.raises(Conflict, match="no arm to tell from it"):
+        forecast(alone, NOW, metric="solved", effect=0.1, is_relative=False, power=0.8)
