@@ -6,9 +6,12 @@ import statistics
 import time
 
 import numpy as np
+import pytest
 
 from serve.experiments.analysis import results_of
 from tests.unit.serve.experiments.worlds import NOW, experiment, looks, returning
+
+pytestmark = pytest.mark.slow
 
 RUNS, LOOKS = 1000, 50
 

@@ -155,6 +155,7 @@ def test_weights_need_not_sum_to_one():
     assert mismatch_p_value([0, 0], [1, 1]) == 1.0
 
 
+@pytest.mark.slow
 def test_the_mismatch_test_is_right_under_peeking_and_sees_what_matters():
     """1,000 right worlds, 50 looks each, beside a chi-square test at the same level; then worlds with a fault."""
     rng = np.random.default_rng(3)
