@@ -73,8 +73,8 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
 def routes() -> list[tuple[str, str, Any]]:
     """Method, path and body of every request that names something. ``{…}`` is filled in with what they have made, and
     with what there is not."""
-    experiment = [("GET", ""), ("GET", "/results"), ("GET", "/results?phase=7"), ("GET", "/plan?effect=0.1"), ("GET", "/pairs"), ("GET", "/history"),
-                  ("GET", "/assignment?unit=u"), ("DELETE", "")]  # fmt: skip
+    experiment = [("GET", ""), ("GET", "/results"), ("GET", "/results?phase=7"), ("GET", "/pairs"), ("GET", "/history"),
+                  ("GET", "/plan?effect=0.1"), ("GET", "/assignment?unit=u"), ("DELETE", "")]  # fmt: skip
     found: list[tuple[str, str, Any]] = []
     for named in ("{experiment}", "{experiment_id}"):
         found += [(method, f"/v1/experiments/{named}{path}", None) for method, path in experiment]
