@@ -67,7 +67,7 @@ class Effect:
         """
         if not self.se or not self.control:
             return None
-        multiple = (width / self.se) ** 2 * self.se**2 / (math.fsum(self.variances) or self.se**2)
+        multiple = width**2 / (math.fsum(self.variances) or self.se**2)
         treatment = self.control + self.value
         a = self.control**2 - multiple * self.variances[1]
         root = self.control**2 * treatment**2 - a * (treatment**2 - multiple * self.variances[0])

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from lora_runtime.errors import Conflict
 from serve.experiments.definition import Plan
-from serve.experiments.effects import PLAIN, Effects, Ended, UnitSums, Way, way_of
+from serve.experiments.effects import PLAIN, Effects, UnitSums, Way, way_of
 from serve.experiments.power_sums import PowerSums
 from serve.experiments.totals import Place, Totals
 from serve.registry.aggregates import (
@@ -22,6 +22,7 @@ from serve.registry.aggregates import (
     STALE,
     counts_json,
     early,
+    ended_of,
     fold_into,
     in_chunks,
     locked,
@@ -186,7 +187,7 @@ def _counted(session: Session, experiment: str, phase: int, keep: Keep) -> Total
                 continue
             effects.trial(row)
             if row.status is not None:
-                effects.outcome(row, Ended(row.status, row.is_cold, row.ln_first_s, row.ln_token_s))
+                effects.outcome(row, ended_of(row))
         for (arm, _), sums in effects.units.items():
             totals.replace(arm, {}, sums)
         totals.switched += len(effects.units) > 1
