@@ -119,7 +119,7 @@ def results(name: Name, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
         bounds = (
             ""
             if rail["harm"] is None
-            else f": harm {rail['at_least']:+.4g} … {rail['at_most']:+.4g}, {rail['tolerance']:g} is borne"
+            else f": harm {rail['at_least']:+.4g} … {rail['at_most']:+.4g}, tolerance {rail['tolerance']:g}"
         )
         console.print(
             f"[{colour}]Guardrail {rail['metric']}, {rail['arm']}: {rail['state'].replace('_', ' ')}{bounds}.[/]"
@@ -149,7 +149,7 @@ def plan(
     table = Table("analysis", "units of all arms", "days from now", "analysis.units")
     for kind in ("sequential", "fixed"):
         one = found[kind]
-        days = "nobody comes" if one["days"] is None else f"{one['days']:.3g}"
+        days = "no traffic" if one["days"] is None else f"{one['days']:.3g}"
         table.add_row(kind, str(one["units"]), days, str(one["analysis_units"]))
     console.print(table)
     console.print(
@@ -172,10 +172,10 @@ def history(name: Name, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
 @experiments.command("recount")
 def recount(
     name: Name,
-    mend: Annotated[bool, typer.Option("--mend", help="Count what does not agree anew, and keep that.")] = False,
+    mend: Annotated[bool, typer.Option("--mend", help="Replace the sums that disagree by the recount.")] = False,
     config: Annotated[Path | None, typer.Option(help="Configuration in YAML; LOOM_… variables override it.")] = None,
 ) -> None:
-    """Hold an experiment's sums against a count of all its rows. Needs the registry's database, not the service."""
+    """Compare an experiment's running sums with a recount of all rows. Needs the registry's database, no service."""
     offline.recount(console, config, name, mend=mend)
 
 

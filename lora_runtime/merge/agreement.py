@@ -82,7 +82,7 @@ def check_leaf(recipe: Recipe, leaf: str, parts: Parts, found: LoraFactors, core
 
 
 def _stated(recipe: Recipe, leaf: str, deltas: Array, scaled: Array) -> Array:
-    """``scaled``: the weights times the recipe's scale, which is no part of what a method is."""
+    """``scaled``: the weights times the recipe's scale. Statements know no scale: it is divided out."""
     is_random = recipe.method in METHODS_OF["seed"] and recipe.density < 1
     draws = drawn(recipe.seed, leaf, deltas.shape) if is_random else np.empty(0)
     weights = scaled / recipe.scale if recipe.scale else np.zeros(len(scaled))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 PREFIX, LOCK, FILES = "work-", "lock", "files"
 SETTLE_S = 60.0
-"""Until a folder without a lock is nobody's: between the two steps that make one, it has none either."""
+"""Age at which a folder without a lock file counts as abandoned. A new folder has none for a moment either."""
 
 
 @contextmanager

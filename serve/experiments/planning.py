@@ -1,7 +1,8 @@
 """How many units an experiment needs to see an effect, and how many days that takes with the users who come now.
 
 With the variance v of a unit (:attr:`~serve.experiments.results.MetricResult.variance`), shares s of the arms, the
-boundary c of the test in standard errors and the power 1 - β, an arm is told from control once N units came to all:
+boundary c of the test in standard errors and the power 1 - β, an effect is detected once the experiment has N units,
+all arms together:
 
     N = (c + z_β)² · v · (1/s_arm + 1/s_control) / effect²
 
@@ -28,7 +29,7 @@ DAY_S = 86_400.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needed:
     """What an analysis needs. ``units``: of all arms together. ``days``: from now on, at the pace of this phase; None
-    where nobody comes. ``analysis_units``: what to declare as the analysis' ``units``."""
+    without traffic. ``analysis_units``: the ``units`` to declare in the plan's ``analysis``."""
 
     units: int
     days: float | None
@@ -57,7 +58,7 @@ def forecast(
 ) -> Forecast:
     """``effect``: the smallest one that matters; ``is_relative``: as a share of control's mean, which of times it
     always is. Raises InvalidRequest for an effect that is none and a metric that there is not, Conflict where control
-    has too little data to tell its variance, or nobody to be compared with.
+    has too little data to estimate its variance, or is the only arm.
     """
     control = next(arm for arm in results.arms if arm.arm == results.control)
     if len(results.arms) < 2:

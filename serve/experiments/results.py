@@ -116,7 +116,7 @@ class GuardrailResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Later:
-    """What has come in since results were settled: shown, and judged by nobody."""
+    """Evidence that arrived after the results were settled: shown beside them, without any verdict."""
 
     as_of: datetime
     units: int
